@@ -1,0 +1,945 @@
+"""Policy-guided diffusion for offline reinforcement learning (arXiv 2404.06356), in one file.
+
+    python pgd.py                                           # pendulum-medium, minutes on a laptop
+    python pgd.py --env halfcheetah-medium                  # the headline run
+    python pgd.py --env halfcheetah-medium --preset laptop  # the same on two CPU cores
+    python pgd.py --dataset-path FILE.hdf5                  # your own log, in D4RL's layout
+    python pgd.py --help                                    # every setting
+
+A diffusion model of whole sub-trajectories learns a fixed log; while it samples, the current policy
+pushes the sampled actions toward its own; the agent trains on the result. Copied alone into another
+project, this file needs jax, optax, chex and numpy (and tyro for the command line):
+
+    dataset = make_dataset(log, config)                     # a dict of D4RL's five arrays
+    trainer = make_train(config, agent, dataset.obs_dim, dataset.act_dim)
+    result = jax.jit(trainer.train)(jax.random.key(0), dataset)
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+# --- Config ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # --- Run ---
+    env: str | None = (
+        None  # task: a D4RL name (-v2 may be left out) or a gymnax one; pendulum-medium
+    )
+    dataset_path: str | None = None  # train on this HDF5 file; --env then only names the simulator
+    agent: str = "td3_bc"  # algorithm in agents.py: bc, td3_bc or iql
+    synthetic: Literal["diffusion", "none"] = "diffusion"  # what the agent trains on; none: the log
+    preset: Literal["default", "smoke", "laptop", "paper"] = (
+        "default"  # starting values for the rest
+    )
+    seed: int = 0  # first seed
+    num_seeds: int = 1  # seeds seed, seed + 1, ... in one vmapped program
+    shared_denoiser: bool = True  # one denoiser (always of key 0) for all seeds, or one per seed
+    fused: bool = False  # the whole run as one compiled program, without progress in between
+    source: Literal["auto", "d4rl", "collect"] = "auto"  # where the log of a D4RL name comes from
+    out: str | None = None  # run folder; runs/<env>-<agent>-<synthetic>-<time> if not given
+    resume: str | None = None  # go on with the run in this folder, under its own settings alone
+
+    # --- Trajectories ---
+    horizon: int = 32  # T, steps in a window
+    stride: int = 1  # keep every stride-th window start; episode starts and terminals always
+    validation: float = 0.05  # fraction of the episodes held out of denoiser training
+
+    # --- Denoiser ---
+    features: int = 64  # channels at the first level; they double at each level below
+    levels: int = 1  # levels of the U-Net; 1 is full length throughout, no pooling
+    blocks: int = 4  # residual blocks per level (and per level again on the way up)
+    kernel: int = 5  # width of a convolution in steps
+    groups: int = 8  # groups of channels normalised together, over time
+
+    # --- Denoiser training ---
+    fit_steps: int = 10_000  # Adam steps
+    fit_chunk: int = 100  # of which between two looks at the progress
+    fit_batch: int = 64  # windows per step
+    fit_lr: float = 2e-3  # peak learning rate; warm-up over the first tenth, then cosine to 0
+    ema: float = (
+        0.9995  # decay per step of the averaged parameters, which are the ones sampled from
+    )
+    p_mean: float = -1.2  # mean of ln sigma in training (EDM Table 1)
+    p_std: float = 1.2  # its standard deviation
+
+    # --- Sampler (EDM Algorithm 2) ---
+    sample_steps: int = 32  # N, noise levels; 2N - 1 denoiser calls
+    sigma_min: float = 0.002  # last noise level before 0
+    sigma_max: float = 80.0  # first noise level
+    rho: float = 7.0  # curvature of the schedule
+    s_churn: float = 0.0  # noise added back per trajectory; 0 is the deterministic sampler
+    s_tmin: float = 0.05  # churn only above this noise level
+    s_tmax: float = 50.0  # and below this one
+    s_noise: float = 1.003  # inflation of the noise added back
+
+    # --- Guidance (PGD section 4) ---
+    guidance: float = 1.0  # lambda; 0 is unguided diffusion
+    guidance_sine: float = 0.3  # c, height of the sine in the schedule of lambda
+    guidance_normalise: bool = True  # scale each trajectory's gradient to unit length
+    guidance_denoised: bool = True  # gradient at D(x; sigma) rather than at x; one more call a step
+
+    # --- Agent loop ---
+    rounds: int = 20  # times that synthetic data is made anew with the current policy
+    updates: int = 1_000  # agent updates per round
+    batch_size: int = 256  # transitions per gradient step
+    real_batch: int = 16  # of which from the log
+    trajectories: int = 512  # synthetic trajectories made per round
+    sample_batch: int = 128  # of which at once
+    buffer_rounds: int = 1  # rounds of synthetic data kept; the oldest is dropped
+
+    # --- Evaluation ---
+    eval_episodes: int = 10  # per seed and round
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "smoke": {},
+    "laptop": {},
+    "paper": {},
+}
+
+
+DEFAULT_ENV = "pendulum-medium"
+
+
+class UserError(Exception):
+    """A user's mistake; its message is one line that says how to mend it."""
+
+
+# --- Types ---
+
+
+class Transition(NamedTuple):
+    """What agents train on: observations standardised, actions in [-1, 1], rewards as logged."""
+
+    obs: chex.Array  # (..., O)
+    action: chex.Array  # (..., A)
+    reward: chex.Array  # (...)
+    next_obs: chex.Array  # (..., O)
+    done: chex.Array  # (...), 1 at a true terminal, else 0
+
+
+class Normalizer(NamedTuple):
+    """Mean and standard deviation of each channel of a step."""
+
+    mean: chex.Array  # (D,)
+    std: chex.Array  # (D,), 1 where the channel is constant
+
+
+class Dataset(NamedTuple):
+    """A log on the device: an argument of every compiled function, shared by all seeds.
+
+    A step is (observation, arctanh of the action, reward, done), D = O + A + 2 channels, standardised.
+    """
+
+    steps: chex.Array  # (N, D)
+    train_starts: chex.Array  # (M,) first steps of the windows to train on
+    val_starts: chex.Array  # (V,) and of those held out
+    usable: chex.Array  # (K,) steps whose successor is known, or not needed: all but time-outs
+    normalizer: Normalizer
+    action_low: chex.Array  # (A,) in the environment's units
+    action_high: chex.Array  # (A,)
+
+    @property
+    def act_dim(self) -> int:
+        return self.action_low.shape[-1]
+
+    @property
+    def obs_dim(self) -> int:
+        return self.steps.shape[-1] - self.act_dim - 2
+
+
+# --- Make the data set ---
+
+
+def window_starts(terminals, timeouts, horizon: int, stride: int = 1) -> np.ndarray:
+    """terminals, timeouts (N,) -> first steps of windows, increasing.
+
+    A window never goes on past an episode's end, and none ends on a time-out. One that ends on a terminal
+    or begins an episode is kept; of the others every stride-th. (PGD's reference, section 2 of METHOD.)
+    """
+    ends = np.flatnonzero(terminals | timeouts)
+    firsts = np.concatenate([[0], ends[:-1] + 1])
+    offset = np.arange(len(terminals)) - np.repeat(firsts, ends - firsts + 1)  # step in its episode
+    last = np.arange(len(terminals)) + horizon - 1
+    inside = last <= np.repeat(ends, ends - firsts + 1)
+    last = np.minimum(last, len(terminals) - 1)
+    keep = (offset % stride == 0) | terminals[last]
+    return np.flatnonzero(inside & keep & ~timeouts[last])
+
+
+def make_dataset(
+    log: dict[str, np.ndarray], config: Config, action_low: Any = -1.0, action_high: Any = 1.0
+) -> Dataset:
+    """A log in D4RL's flat layout -> Dataset.
+
+    log: observations (N, O), actions (N, A) in [action_low, action_high], rewards (N,), terminals (N,),
+    timeouts (N,); the last step ends an episode whether it says so or not.
+    Raises UserError where no window fits, or a batch is larger than the log.
+    """
+    obs, action = np.asarray(log["observations"]), np.asarray(log["actions"])
+    terminals = np.asarray(log["terminals"], bool)
+    timeouts = np.asarray(log["timeouts"], bool) & ~terminals
+    timeouts[-1] |= not terminals[-1]
+    num_obs, num_act = obs.shape[1], action.shape[1]
+    low, high = (np.broadcast_to(np.float32(b), (num_act,)) for b in (action_low, action_high))
+
+    steps = np.empty((len(obs), num_obs + num_act + 2), np.float32)
+    steps[:, :num_obs] = obs
+    unit = 2.0 * (action - low) / (high - low) - 1.0
+    steps[:, num_obs:-2] = np.arctanh(np.clip(unit, -0.999, 0.999))
+    steps[:, -2], steps[:, -1] = log["rewards"], terminals
+    mean, std = steps.mean(0, dtype=np.float64), steps.std(0, dtype=np.float64)
+    std[std < 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0
+    steps -= mean.astype(np.float32)
+    steps /= std.astype(np.float32)
+
+    starts = window_starts(terminals, timeouts, config.horizon, config.stride)
+    episode = np.concatenate([[0], np.cumsum(terminals | timeouts)[:-1]])  # of each step
+    with_windows = np.unique(episode[starts])
+    if len(with_windows) < 2:
+        longest = np.bincount(episode).max()
+        raise UserError(
+            f"the log has {len(with_windows)} episodes that hold a window of {config.horizon} steps "
+            f"(its longest has {longest}) and needs 2, one to train on and one held out; "
+            f"lower --horizon or bring more data"
+        )
+    num_val = min(max(1, round(config.validation * len(with_windows))), len(with_windows) - 1)
+    held_out = np.random.default_rng(0).permutation(with_windows)[:num_val]
+    is_val = np.isin(episode[starts], held_out)
+    usable = np.flatnonzero(~timeouts)
+    for name, size, have in [
+        ("fit-batch", config.fit_batch, (~is_val).sum()),
+        ("batch-size", config.batch_size, len(usable)),
+    ]:
+        if size > have:
+            raise UserError(f"--{name} {size} is larger than the log, which gives {have} of them")
+    return Dataset(
+        steps=jnp.asarray(steps),
+        train_starts=jnp.asarray(starts[~is_val], jnp.int32),
+        val_starts=jnp.asarray(starts[is_val], jnp.int32),
+        usable=jnp.asarray(usable, jnp.int32),
+        normalizer=Normalizer(jnp.float32(mean), jnp.float32(std)),
+        action_low=jnp.asarray(low),
+        action_high=jnp.asarray(high),
+    )
+
+
+def split_steps(dataset: Dataset, steps: chex.Array):
+    """Standardised steps (..., D) -> observation (..., O) still standardised, action (..., A) in
+    (-1, 1), reward (...) as logged, done (...)."""
+    o = dataset.obs_dim
+    mean, std = dataset.normalizer
+    raw = steps[..., o:] * std[o:] + mean[o:]
+    done = (raw[..., -1] > 0.5).astype(jnp.float32)
+    return steps[..., :o], jnp.tanh(raw[..., :-2]), raw[..., -2], done
+
+
+def sample_windows(key, dataset: Dataset, starts: chex.Array, num: int, horizon: int):
+    """-> (num, horizon, D): windows drawn with replacement, gathered from the flat log."""
+    i = jax.random.randint(key, (num,), 0, starts.shape[0])
+    return dataset.steps[starts[i][:, None] + jnp.arange(horizon)]
+
+
+def sample_real(key, dataset: Dataset, num: int) -> Transition:
+    """-> Transition (num, ...): steps of the log drawn with replacement."""
+    i = dataset.usable[jax.random.randint(key, (num,), 0, dataset.usable.shape[0])]
+    obs, action, reward, done = split_steps(dataset, dataset.steps[i])
+    after = jnp.where(done > 0, i, i + 1)  # a terminal has no successor, and needs none
+    return Transition(obs, action, reward, dataset.steps[after, : dataset.obs_dim], done)
+
+
+def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
+    """Sampled trajectories (S, T, D) -> Transition (S * T, ...).
+
+    The last step has no successor. Where it is a terminal it needs none; elsewhere the transition in the
+    middle of the window, where the denoiser errs least, stands in for it.
+    """
+    obs, action, reward, done = split_steps(dataset, x)
+    next_obs = jnp.concatenate([obs[:, 1:], obs[:, -1:]], axis=1)
+    transitions = Transition(obs, action, reward, next_obs, done)
+    last, middle = x.shape[1] - 1, (x.shape[1] - 1) // 2
+
+    def mend_last(field):
+        terminal = (done[:, last] > 0).reshape(-1, *[1] * (field.ndim - 2))
+        return field.at[:, last].set(jnp.where(terminal, field[:, last], field[:, middle]))
+
+    return jax.tree.map(lambda f: mend_last(f).reshape(-1, *f.shape[2:]), transitions)
+
+
+# --- Denoiser network: a residual temporal U-Net over x (..., T, C) ---
+
+
+def init_dense(key, fan_in: int, fan_out: int, scale: float = 1.0) -> dict:
+    """Weights with variance scale^2 / fan_in, bias 0."""
+    w = scale * fan_in**-0.5 * jax.random.truncated_normal(key, -2, 2, (fan_in, fan_out)) / 0.88
+    return {"w": w, "b": jnp.zeros(fan_out)}
+
+
+def dense(params: dict, x: chex.Array) -> chex.Array:
+    return x @ params["w"] + params["b"]
+
+
+def windows(x: chex.Array, kernel: int) -> chex.Array:
+    """x (..., T, C) -> (..., T, kernel * C): each step beside its neighbours, zeros past the ends."""
+    half = kernel // 2
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(half, half), (0, 0)])
+    shifted = [padded[..., i : i + x.shape[-2], :] for i in range(kernel)]
+    return jnp.concatenate(shifted, axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(x: chex.Array, w: chex.Array, kernel: int) -> chex.Array:
+    """x (..., T, C), w (kernel * C, C') -> (..., T, C'): a convolution over time, "same" padding.
+
+    Windows times a matrix, in the backward pass too: in a scan on CPU this is a hundred times as fast as
+    the gradient of lax.conv's weights, and 1.5 times the transpose that autodiff finds for it.
+    """
+    return windows(x, kernel) @ w
+
+
+def convolve_forward(x, w, kernel):
+    columns = windows(x, kernel)
+    return columns @ w, (columns, w)
+
+
+def convolve_backward(kernel, residuals, dy):
+    columns, w = residuals
+    dw = jnp.einsum("...i,...j->ij", columns, dy)
+    mirrored = w.reshape(kernel, -1, w.shape[-1])[::-1].swapaxes(1, 2)  # (kernel, C', C)
+    return windows(dy, kernel) @ mirrored.reshape(kernel * w.shape[-1], -1), dw
+
+
+convolve.defvjp(convolve_forward, convolve_backward)
+
+
+def conv(params: dict, x: chex.Array, kernel: int) -> chex.Array:
+    return convolve(x, params["w"], kernel) + params["b"]
+
+
+def group_norm(x: chex.Array, groups: int) -> chex.Array:
+    """x (..., T, C) -> the same shape, standardised over time and the channels of each group."""
+    g = x.reshape(*x.shape[:-1], groups, -1)
+    mean = jnp.mean(g, axis=(-3, -1), keepdims=True)
+    var = jnp.mean(g**2, axis=(-3, -1), keepdims=True) - mean**2
+    return ((g - mean) * jax.lax.rsqrt(var + 1e-5)).reshape(x.shape)
+
+
+def init_block(key, c_in: int, c_out: int, config: Config) -> dict:
+    k = jax.random.split(key, 4)
+    width = config.kernel
+    block = {
+        "conv1": init_dense(k[0], width * c_in, c_out),
+        "film": init_dense(k[1], 4 * config.features, 2 * c_out, scale=0.0),
+        "conv2": init_dense(k[2], width * c_out, c_out, scale=0.0),
+    }
+    if c_in != c_out:
+        block["skip"] = init_dense(k[3], c_in, c_out)
+    return block
+
+
+def residual_block(block: dict, x: chex.Array, emb: chex.Array, config: Config) -> chex.Array:
+    """x (..., T, C), emb (..., E) -> (..., T, C'): two convolutions, scaled and shifted by emb."""
+    h = jax.nn.relu(group_norm(x, config.groups))
+    h = conv(block["conv1"], h, config.kernel)
+    scale, shift = jnp.split(dense(block["film"], emb)[..., None, :], 2, axis=-1)
+    h = jax.nn.relu(group_norm(h, config.groups) * (1.0 + scale) + shift)
+    h = conv(block["conv2"], h, config.kernel)
+    return (dense(block["skip"], x) if "skip" in block else x) + h
+
+
+def init_unet(key, dim: int, config: Config) -> dict:
+    """D channels in and out -> parameters."""
+    f, key = config.features, iter(jax.random.split(key, 4 + 2 * config.levels * config.blocks))
+    widths = [f * 2**level for level in range(config.levels)]
+
+    def init_blocks(c_in, c_out):
+        return [
+            init_block(next(key), c_in if i == 0 else c_out, c_out, config)
+            for i in range(config.blocks)
+        ]
+
+    return {
+        "embed": [init_dense(next(key), f, 4 * f), init_dense(next(key), 4 * f, 4 * f)],
+        "in": init_dense(next(key), config.kernel * dim, f),
+        "down": [init_blocks(c_in, c) for c_in, c in zip([f, *widths], widths)],
+        "up": [init_blocks(2 * c + c, c) for c in widths[:-1]],
+        "out": init_dense(next(key), config.kernel * f, dim, scale=0.0),
+    }
+
+
+def unet(params: dict, x: chex.Array, c_noise: chex.Array, config: Config) -> chex.Array:
+    """x (..., T, D), c_noise broadcastable to (...) -> (..., T, D)."""
+    frequencies = jnp.exp(jnp.linspace(0.0, jnp.log(1000.0), config.features // 2))
+    angles = c_noise[..., None] * frequencies
+    emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    for layer in params["embed"]:
+        emb = jax.nn.relu(dense(layer, emb))
+
+    h = conv(params["in"], x, config.kernel)
+    skips = []
+    for level, blocks in enumerate(params["down"]):
+        if level > 0:
+            skips.append(h)
+            h = jnp.mean(h.reshape(*h.shape[:-2], -1, 2, h.shape[-1]), axis=-2)  # half the length
+        for block in blocks:
+            h = residual_block(block, h, emb, config)
+    for blocks in reversed(params["up"]):
+        h = jnp.concatenate([jnp.repeat(h, 2, axis=-2), skips.pop()], axis=-1)  # twice the length
+        for block in blocks:
+            h = residual_block(block, h, emb, config)
+    return conv(params["out"], jax.nn.relu(group_norm(h, config.groups)), config.kernel)
+
+
+# --- EDM: preconditioning, loss, schedule, sampler (arXiv 2206.00364) ---
+
+SIGMA_DATA = 1.0  # every channel is standardised
+
+
+def precondition(network: Callable) -> Callable:
+    """F(x, c_noise) -> denoiser D(x (..., T, D), sigma (...)) (EDM Table 1)."""
+
+    def denoiser(x, sigma):
+        s = jnp.asarray(sigma)[..., None, None]
+        c_skip = SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2)
+        c_out = s * SIGMA_DATA / jnp.sqrt(s**2 + SIGMA_DATA**2)
+        c_in = 1.0 / jnp.sqrt(s**2 + SIGMA_DATA**2)
+        c_noise = jnp.log(sigma) / 4.0
+        return c_skip * x + c_out * network(c_in * x, c_noise)
+
+    return denoiser
+
+
+def edm_loss(denoiser: Callable, x, sigma, noise) -> chex.Array:
+    """x, noise (B, T, D), sigma (B,) -> mean weighted squared error (EDM equations 2 and 8)."""
+    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+    error = denoiser(x + sigma[:, None, None] * noise, sigma) - x
+    return jnp.mean(weight[:, None, None] * error**2)
+
+
+def noise_levels(config: Config) -> chex.Array:
+    """-> (N + 1,): sigma_max down to sigma_min, then 0 (EDM equation 5)."""
+    ramp = jnp.linspace(1.0, 0.0, config.sample_steps)
+    low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
+    return jnp.append((low + ramp * (high - low)) ** config.rho, 0.0)
+
+
+def sample(
+    key, denoiser: Callable, shape, sigmas, guide: Callable | None = None, churn=(0, 0, 0, 1)
+):
+    """Stochastic Heun sampler (EDM Algorithm 2) -> (shape), in 2N - 1 denoiser calls.
+
+    denoiser(x, sigma) -> x; sigmas (N + 1,), the last 0; guide(x, sigma, step) -> x, applied before the
+    churn of each step; churn is (S_churn, S_tmin, S_tmax, S_noise).
+    """
+    s_churn, s_tmin, s_tmax, s_noise = churn
+    num = sigmas.shape[0] - 1
+
+    def to_noised(x, n):
+        """Guide x, raise its noise level from sigma to sigma_hat, and take the slope there."""
+        sigma = sigmas[n]
+        x = x if guide is None else guide(x, sigma, n)
+        gamma = min(s_churn / num, 2**0.5 - 1)
+        gamma = jnp.where((s_tmin <= sigma) & (sigma <= s_tmax), gamma, 0.0)
+        sigma_hat = sigma * (1.0 + gamma)
+        if s_churn > 0:
+            noise = s_noise * jax.random.normal(jax.random.fold_in(key, n + 1), shape)
+            x = x + sigma * jnp.sqrt(gamma * (2.0 + gamma)) * noise  # sqrt(sigma_hat^2 - sigma^2)
+        return x, sigma_hat, (x - denoiser(x, sigma_hat)) / sigma_hat
+
+    def heun_step(x, n):
+        x_hat, sigma_hat, d_cur = to_noised(x, n)
+        dt = sigmas[n + 1] - sigma_hat
+        x_next = x_hat + dt * d_cur
+        d_next = (x_next - denoiser(x_next, sigmas[n + 1])) / sigmas[n + 1]
+        return x_hat + dt * 0.5 * (d_cur + d_next), None
+
+    x = sigmas[0] * jax.random.normal(jax.random.fold_in(key, 0), shape)
+    x, _ = jax.lax.scan(heun_step, x, jnp.arange(num - 1))
+    x_hat, sigma_hat, d_cur = to_noised(x, num - 1)  # the last step goes to 0: no correction
+    return x_hat - sigma_hat * d_cur
+
+
+# --- Policy guidance (PGD section 4) ---
+
+
+def make_policy_guide(
+    log_prob: Callable, dataset: Dataset, config: Config, weight, denoiser
+) -> Callable:
+    """log_prob(obs (..., O), action (..., A)) -> (...) becomes a guide for sample().
+
+    The guide adds lambda_n * g / ||g|| to the standardised, pre-tanh actions, g being the gradient of the
+    trajectory's summed log_prob with respect to them, and ||g|| its norm over the (T, A) of one trajectory.
+    """
+    o, a, num = dataset.obs_dim, dataset.act_dim, config.sample_steps
+
+    def guide(x, sigma, step):
+        at = denoiser(x, sigma) if config.guidance_denoised else x
+
+        def score(pre_tanh):
+            steps = jnp.concatenate([at[..., :o], pre_tanh, at[..., o + a :]], axis=-1)
+            obs, action, _, _ = split_steps(dataset, steps)
+            return jnp.sum(log_prob(obs, action))  # each trajectory's gradient is its own
+
+        g = jax.grad(score)(at[..., o : o + a])
+        if config.guidance_normalise:
+            norm_sq = jnp.sum(g**2, axis=(-2, -1), keepdims=True)
+            g = g * jax.lax.rsqrt(jnp.maximum(norm_sq, 1e-12))
+        sine = config.guidance_sine * jnp.sin(jnp.pi * (step + 1) / num)
+        lambda_n = jnp.where(step < num - 1, weight * ((1 - step / num) + sine), 0.0)
+        return x.at[..., o : o + a].add(lambda_n * g)
+
+    return guide
+
+
+# --- Generators: where synthetic experience comes from ---
+
+
+class Generator(NamedTuple):
+    """A model of the log that can be asked for experience under the current policy."""
+
+    init: Callable  # (key) -> state
+    fit_chunk: Callable  # (key, state, dataset) -> (state, metrics)
+    num_chunks: int  # calls of fit_chunk that make the whole fit
+    generate: Callable  # (key, state, log_prob, weight, dataset) -> Transition (S, ...)
+    validate: Callable  # (state, dataset) -> metrics on what was held out
+
+
+class DenoiserState(NamedTuple):
+    params: dict
+    ema: dict  # averaged parameters: the ones to sample from
+    opt_state: Any
+    step: chex.Array  # () int32
+
+
+def make_diffusion(config: Config, obs_dim: int, act_dim: int) -> Generator:
+    """The trajectory diffusion model: EDM training, guided sampling."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.1 * config.fit_lr, config.fit_lr, config.fit_steps // 10, config.fit_steps
+    )
+    optimiser = optax.adam(schedule)
+
+    def make_denoiser(params):
+        return precondition(lambda x, c_noise: unet(params, x, c_noise, config))
+
+    def loss_fn(params, key, dataset, starts, num):
+        key_window, key_sigma, key_noise = jax.random.split(key, 3)
+        x = sample_windows(key_window, dataset, starts, num, config.horizon)
+        sigma = jnp.exp(config.p_mean + config.p_std * jax.random.normal(key_sigma, (num,)))
+        return edm_loss(make_denoiser(params), x, sigma, jax.random.normal(key_noise, x.shape))
+
+    def init(key):
+        params = init_unet(key, obs_dim + act_dim + 2, config)
+        return DenoiserState(params, params, optimiser.init(params), jnp.zeros((), jnp.int32))
+
+    def fit_chunk(key, state, dataset):
+        def fit_step(state, _):
+            k = jax.random.fold_in(key, state.step)
+            loss, grads = jax.value_and_grad(loss_fn)(
+                state.params, k, dataset, dataset.train_starts, config.fit_batch
+            )
+            updates, opt_state = optimiser.update(grads, state.opt_state)
+            params = optax.apply_updates(state.params, updates)
+            decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
+            ema = optax.incremental_update(params, state.ema, 1 - decay)
+            return DenoiserState(params, ema, opt_state, state.step + 1), loss
+
+        state, losses = jax.lax.scan(fit_step, state, None, config.fit_chunk)
+        return state, {"loss": jnp.mean(losses)}
+
+    def generate(key, state, log_prob, weight, dataset):
+        denoiser, guide = make_denoiser(state.ema), None
+        if config.guidance != 0:
+            guide = make_policy_guide(log_prob, dataset, config, weight, denoiser)
+        churn = (config.s_churn, config.s_tmin, config.s_tmax, config.s_noise)
+        shape = (config.sample_batch, config.horizon, dataset.steps.shape[-1])
+        x = jax.lax.map(
+            lambda k: sample(k, denoiser, shape, noise_levels(config), guide, churn),
+            jax.random.split(key, config.trajectories // config.sample_batch),
+        )
+        return trajectories_to_transitions(dataset, x.reshape(-1, *shape[1:]))
+
+    def validate(state, dataset):
+        losses = jax.lax.map(  # the same 1,024 held-out windows and noises every time
+            lambda k: loss_fn(state.ema, k, dataset, dataset.val_starts, 128),
+            jax.random.split(jax.random.key(0), 8),
+        )
+        return {"validation_loss": jnp.mean(losses)}
+
+    return Generator(init, fit_chunk, config.fit_steps // config.fit_chunk, generate, validate)
+
+
+def make_resampler(config: Config, obs_dim: int, act_dim: int) -> Generator:
+    """The log itself as a Generator: nothing to fit, and every round brings steps of the log."""
+    del obs_dim, act_dim
+    num = config.trajectories * config.horizon
+    return Generator(
+        init=lambda key: (),
+        fit_chunk=lambda key, state, dataset: (state, {}),
+        num_chunks=0,
+        generate=lambda key, state, log_prob, weight, dataset: sample_real(key, dataset, num),
+        validate=lambda state, dataset: {},
+    )
+
+
+# --- Train: fit the generator, then rounds of generate, update, evaluate ---
+
+
+class RoundState(NamedTuple):
+    agent: Any
+    buffer: Transition  # (buffer_rounds, S, ...) synthetic experience; the oldest is overwritten
+    round: chex.Array  # () int32
+
+
+class Trainer(NamedTuple):
+    """One run for one key; jit it, vmap it over keys. The host may instead call the chunks one after
+    another, always with the same key, and gets the numbers of `train`."""
+
+    generator: Generator
+    init_rounds: Callable  # (key, gen_state, dataset) -> RoundState
+    round_chunk: Callable  # (key, round_state, gen_state, dataset) -> (round_state, metrics)
+    fit: Callable  # (key, dataset) -> (gen_state, metrics (num_chunks,)): every chunk of the fit
+    run_rounds: (
+        Callable  # (key, gen_state, dataset) -> (round_state, metrics (rounds,)): every round
+    )
+    train: Callable  # (key, dataset) -> (gen_state, round_state, round_metrics, fit_metrics)
+
+
+def mix(fake: Transition, real: Transition, num_batches: int) -> Transition:
+    """Transitions (n * F, ...) and (n * R, ...) -> n batches of F + R, end to end."""
+
+    def mix_field(f, r):
+        f, r = (x.reshape(num_batches, -1, *x.shape[1:]) for x in (f, r))
+        return jnp.concatenate([f, r], axis=1).reshape(-1, *f.shape[2:])
+
+    return jax.tree.map(mix_field, fake, real)
+
+
+def make_act(agent, agent_state, dataset: Dataset) -> Callable:
+    """-> act: observations (..., O) to actions (..., A), both in the environment's own units."""
+    mean, std = (
+        dataset.normalizer.mean[: dataset.obs_dim],
+        dataset.normalizer.std[: dataset.obs_dim],
+    )
+
+    def act(obs):
+        action = agent.act(agent_state, (obs - mean) / std)
+        low, high = dataset.action_low, dataset.action_high
+        return low + (jnp.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
+
+    return act
+
+
+def make_train(
+    config: Config, agent, generator: Generator, obs_dim: int, act_dim: int, evaluate=None
+) -> Trainer:
+    """-> Trainer.
+
+    agent: an Agent of agents.py, or anything with its init, update, act and log_prob.
+    evaluate(key, act) -> returns (E,): where given, it runs inside the program after every round.
+    """
+    num_batches = getattr(agent, "batches_per_update", 1)
+    num_real = config.batch_size if config.synthetic == "none" else config.real_batch
+
+    def generate(key, round_state, gen_state, dataset):
+        log_prob = functools.partial(agent.log_prob, round_state.agent)
+        weight = config.guidance * (round_state.round > 0)  # the first policy knows nothing yet
+        return generator.generate(key, gen_state, log_prob, weight, dataset)
+
+    def init_rounds(key, gen_state, dataset):
+        state = RoundState(agent.init(key, obs_dim, act_dim), None, jnp.zeros((), jnp.int32))
+        made = jax.eval_shape(generate, key, state, gen_state, dataset)
+        empty = jax.tree.map(lambda x: jnp.zeros((config.buffer_rounds, *x.shape), x.dtype), made)
+        return state._replace(buffer=empty)
+
+    def round_chunk(key, state, gen_state, dataset):
+        keys = jax.random.split(jax.random.fold_in(key, state.round), 4)
+        key_generate, key_update, key_evaluate, key_probe = keys
+
+        # Generate
+        synthetic = generate(key_generate, state, gen_state, dataset)
+        slot = state.round % config.buffer_rounds
+        buffer = jax.tree.map(lambda b, x: b.at[slot].set(x), state.buffer, synthetic)
+        flat = jax.tree.map(lambda b: b.reshape(-1, *b.shape[2:]), buffer)
+        size = jnp.minimum(state.round + 1, config.buffer_rounds) * synthetic.reward.shape[0]
+
+        # Update, on batches that mix synthetic and real transitions
+        def update_step(agent_state, key):
+            key_agent, key_fake, key_real = jax.random.split(key, 3)
+            num_fake = num_batches * (config.batch_size - num_real)
+            i = jax.random.randint(key_fake, (num_fake,), 0, size)
+            fake = jax.tree.map(lambda b: b[i], flat)
+            real = sample_real(key_real, dataset, num_batches * num_real)
+            return agent.update(key_agent, agent_state, mix(fake, real, num_batches))
+
+        agent_state, metrics = jax.lax.scan(
+            update_step, state.agent, jax.random.split(key_update, config.updates)
+        )
+        metrics = jax.tree.map(jnp.mean, metrics)
+
+        # Evaluate
+        for name, t in [("real", sample_real(key_probe, dataset, 1024)), ("synthetic", synthetic)]:
+            metrics[f"log_prob_{name}"] = jnp.mean(agent.log_prob(agent_state, t.obs, t.action))
+        if evaluate is not None:
+            returns = evaluate(key_evaluate, make_act(agent, agent_state, dataset))
+            metrics["return"] = jnp.mean(returns)
+        return RoundState(agent_state, buffer, state.round + 1), metrics
+
+    def fit(key, dataset):
+        step = lambda state, _: generator.fit_chunk(key, state, dataset)
+        return jax.lax.scan(step, generator.init(key), None, generator.num_chunks)
+
+    def run_rounds(key, gen_state, dataset):
+        step = lambda state, _: round_chunk(key, state, gen_state, dataset)
+        return jax.lax.scan(step, init_rounds(key, gen_state, dataset), None, config.rounds)
+
+    def train(key, dataset):
+        gen_state, fit_metrics = fit(key, dataset)
+        return gen_state, *run_rounds(key, gen_state, dataset), fit_metrics
+
+    return Trainer(generator, init_rounds, round_chunk, fit, run_rounds, train)
+
+
+def vmap_seeds(trainer: Trainer, shared_denoiser: bool) -> Trainer:
+    """The Trainer of many seeds: keys and states gain a leading axis, the data set does not, and neither
+    does the generator's key and state if all seeds share it."""
+    generator, g = trainer.generator, None if shared_denoiser else 0
+    fit = trainer.fit
+    if not shared_denoiser:
+        fit = jax.vmap(fit, in_axes=(0, None))
+        generator = generator._replace(
+            init=jax.vmap(generator.init),
+            fit_chunk=jax.vmap(generator.fit_chunk, in_axes=(0, 0, None)),
+            validate=jax.vmap(generator.validate, in_axes=(0, None)),
+        )
+    return Trainer(
+        generator,
+        jax.vmap(trainer.init_rounds, in_axes=(0, g, None)),
+        jax.vmap(trainer.round_chunk, in_axes=(0, 0, g, None)),
+        fit,
+        jax.vmap(trainer.run_rounds, in_axes=(0, g, None)),
+        jax.vmap(trainer.train, in_axes=(0, None)),
+    )
+
+
+# --- Main: one run on the host, in chunks or fused ---
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError, in one line, for settings that cannot work."""
+    at_least_1 = (
+        "num_seeds stride features levels blocks groups fit_steps fit_chunk fit_batch rounds "
+    )
+    at_least_1 += "updates batch_size trajectories sample_batch buffer_rounds eval_episodes"
+    halvings = 2 ** (config.levels - 1)
+    rules = [
+        (getattr(config, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+        for name in at_least_1.split()
+    ] + [
+        (config.horizon >= 2, "--horizon must be at least 2"),
+        (config.sample_steps >= 2, "--sample-steps must be at least 2"),
+        (config.kernel % 2 == 1, "--kernel must be odd"),
+        (
+            config.features % (2 * config.groups) == 0,
+            "--features must be a multiple of 2 x --groups",
+        ),
+        (
+            config.horizon % halvings == 0,
+            f"--horizon must be a multiple of {halvings}, for --levels",
+        ),
+        (config.fit_steps % config.fit_chunk == 0, "--fit-steps must be a multiple of --fit-chunk"),
+        (
+            config.trajectories % config.sample_batch == 0,
+            "--trajectories must be a multiple of --sample-batch",
+        ),
+        (
+            0 <= config.real_batch <= config.batch_size,
+            "--real-batch must lie between 0 and --batch-size",
+        ),
+        (0 < config.validation < 1, "--validation must lie between 0 and 1"),
+        (0 < config.sigma_min < config.sigma_max, "--sigma-min must lie between 0 and --sigma-max"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)
+
+
+def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
+    """Command line -> Config: Config's own values, the preset's over them, single flags over those."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="default")
+    parser.add_argument("--env")
+    parser.add_argument("--dataset-path", "--dataset_path")
+    known, _ = parser.parse_known_args(argv)
+    preset, small = known.preset, (known.env or DEFAULT_ENV).startswith(tuple(small_tasks))
+    if preset == "default" and (known.dataset_path or not small):
+        preset = "default-large"
+    start = dataclasses.replace(Config(), **PRESETS.get(preset, {}))
+    return tyro.cli(Config, args=argv, default=start, description=__doc__)
+
+
+def make_host_evaluate(config: Config, simulator: str, agent, dataset: Dataset) -> Callable:
+    """-> evaluate(round, agent_states) -> returns (seeds,), in the simulator's own physics on the host."""
+    import data
+
+    seeds, episodes = config.seed + np.arange(config.num_seeds), config.eval_episodes
+    envs = data.make_envs(simulator, len(seeds) * episodes)
+
+    @jax.jit
+    def act(agent_states, obs):  # (seeds * episodes, O) -> (seeds * episodes, A)
+        obs = obs.reshape(len(seeds), episodes, -1)
+        action = jax.vmap(lambda s, o: make_act(agent, s, dataset)(o))(agent_states, obs)
+        return action.reshape(len(seeds) * episodes, -1)
+
+    def evaluate(round_index, agent_states):
+        entropy = [np.random.SeedSequence((seed, round_index)) for seed in seeds.tolist()]
+        starts = np.concatenate([e.generate_state(episodes) for e in entropy])
+        returns = data.evaluate_on_host(envs, functools.partial(act, agent_states), starts)
+        return returns.reshape(len(seeds), episodes).mean(1)
+
+    return evaluate
+
+
+def run(config: Config) -> dict:
+    """One whole run on the host: load, fit, rounds, run folder -> the content of final.json.
+
+    Raises UserError, data.DataError or runs.RunError, in one line, for a user's mistake.
+    """
+    import agents
+    import data
+    import runs
+
+    # Load
+    folder, fingerprint = None, None
+    if config.resume:
+        folder, settings, fingerprint = runs.Run.resume(config.resume)
+        config = Config(**settings)
+    check_config(config)
+    if config.agent not in agents.AGENTS:
+        raise UserError(f"there is no agent {config.agent!r}; there is {', '.join(agents.AGENTS)}")
+    task = data.load(task_name(config), config.dataset_path, config.source)
+    dataset = make_dataset(task.log, config, task.action_low, task.action_high)
+    if fingerprint not in (None, task.fingerprint):
+        raise UserError(f"{config.resume} was trained on another log than {task.source}")
+    if folder is None:
+        title = f"{task.name}-{config.agent}-{config.synthetic}"
+        folder = runs.Run.create(config.out, title, dataclasses.asdict(config), task)
+
+    # Build for one seed, then add the seed axis
+    agent = agents.make_agent(config.agent)
+    make_generator = make_resampler if config.synthetic == "none" else make_diffusion
+    generator = make_generator(config, dataset.obs_dim, dataset.act_dim)
+    evaluate = data.evaluator_in_program(task.simulator, config.eval_episodes)
+    trainer = make_train(config, agent, generator, dataset.obs_dim, dataset.act_dim, evaluate)
+    trainer = vmap_seeds(trainer, config.shared_denoiser)
+    keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
+    fit_key = jax.random.key(0) if config.shared_denoiser else keys
+    host_evaluate = None
+    if evaluate is None and task.simulator:
+        host_evaluate = make_host_evaluate(config, task.simulator, agent, dataset)
+    task.behaviour_return, task.log.clear()  # the device has the log now
+
+    # Run as one program, or chunk by chunk
+    run_all = run_fused if config.fused else run_chunks
+    gen_state = run_all(config, trainer, fit_key, keys, dataset, folder, host_evaluate, task.score)
+    held_out = jax.jit(trainer.generator.validate)(gen_state, dataset)
+    final = folder.summary(config, task) | {k: float(np.mean(v)) for k, v in held_out.items()}
+    folder.finish(final)
+    return final
+
+
+def run_fused(config, trainer, fit_key, keys, dataset, folder, host_evaluate, score):
+    """Fit and every round as one compiled program -> gen_state."""
+
+    @jax.jit
+    def whole_run(fit_key, keys, dataset):
+        gen_state, _ = trainer.fit(fit_key, dataset)
+        return gen_state, *trainer.run_rounds(keys, gen_state, dataset)
+
+    with folder.timed("fused"):
+        gen_state, state, metrics = jax.block_until_ready(whole_run(fit_key, keys, dataset))
+    for i in range(config.rounds):
+        row = {name: values[:, i] for name, values in metrics.items()}
+        if host_evaluate and i == config.rounds - 1:
+            with folder.timed("evaluate"):
+                row["return"] = host_evaluate(i, state.agent)
+        folder.log(i, (i + 1) * config.updates, row, score)
+    folder.save((gen_state, state), force=True)
+    return gen_state
+
+
+def run_chunks(config, trainer, fit_key, keys, dataset, folder, host_evaluate, score):
+    """The same in pieces, with progress and checkpoints, from the last checkpoint on -> gen_state."""
+    from tqdm import tqdm
+
+    generator = trainer.generator
+    fit_chunk = jax.jit(generator.fit_chunk, donate_argnums=1)
+    round_chunk = jax.jit(trainer.round_chunk, donate_argnums=1)
+    gen_state = jax.jit(generator.init)(fit_key)
+    state = jax.jit(trainer.init_rounds)(keys, gen_state, dataset)
+    done, gen_state, state = folder.restore((np.int32(0), gen_state, state))
+
+    with tqdm(total=generator.num_chunks, initial=int(done), desc="fit", disable=None) as bar:
+        for chunk in range(int(done), generator.num_chunks):
+            with folder.timed("fit"):
+                gen_state, metrics = fit_chunk(fit_key, gen_state, dataset)
+                loss = float(np.mean(metrics["loss"]))
+            if not np.isfinite(loss):
+                raise UserError(f"the denoiser's loss is {loss}; lower --fit-lr")
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+            folder.save((np.int32(chunk + 1), gen_state, state))
+
+    first, done = int(state.round[0]), np.int32(generator.num_chunks)
+    with tqdm(total=config.rounds, initial=first, desc="rounds", disable=None) as bar:
+        for i in range(first, config.rounds):
+            with folder.timed("rounds"):
+                state, metrics = round_chunk(keys, state, gen_state, dataset)
+                metrics = jax.tree.map(np.asarray, metrics)
+            if host_evaluate:
+                with folder.timed("evaluate"):
+                    metrics["return"] = host_evaluate(i, state.agent)
+            bar.set_postfix_str(
+                folder.log(i, (i + 1) * config.updates, metrics, score), refresh=False
+            )
+            bar.update()
+            folder.save((done, gen_state, state), force=i == config.rounds - 1)
+    return gen_state
+
+
+def task_name(config: Config) -> str | None:
+    """The task's name; pendulum-medium where neither a name nor a file is given."""
+    return config.env or (None if config.dataset_path else DEFAULT_ENV)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: exit status 0 only for a finished run, 2 for a user's mistake."""
+    import data
+    import runs
+
+    config = parse_config(sys.argv[1:] if argv is None else argv, tuple(data.GymnaxEnvs.IDS))
+    try:
+        run(config)
+    except (UserError, data.DataError, runs.RunError, OSError) as e:
+        print(f"pgd.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("pgd.py: interrupted; go on with --resume and the run's folder", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

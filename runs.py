@@ -1,0 +1,264 @@
+"""A run's folder: config.json, checkpoint/, metrics.csv, curve.png, final.json, and the printed table.
+
+Every file is written beside its place and renamed, so that a kill leaves the last good one.
+"""
+
+import contextlib
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+PACKAGES = ("jax", "jaxlib", "optax", "chex", "gymnax", "gymnasium", "mujoco", "numpy")
+
+
+class RunError(Exception):
+    """A run folder that cannot be used; its message is one line that says why."""
+
+
+class Run:
+    """One run folder, new or resumed."""
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder = folder
+        self.seeds = [settings["seed"] + i for i in range(settings["num_seeds"])]
+        self.history: list[dict] = []  # a row per round and seed
+        self.seconds: dict[str, float] = {}  # wall time per stage
+        self._saved = time.monotonic()
+        self._save_cost = 0.0
+
+    @classmethod
+    def create(cls, out: str | None, title: str, settings: dict, task) -> "Run":
+        """Make the folder and its config.json; RunError where the folder already holds a run."""
+        folder = Path(out) if out else Path("runs") / f"{title}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if (folder / "config.json").exists():
+            raise RunError(
+                f"{folder} already holds a run; --resume {folder}, or name another --out"
+            )
+        about = {"name": task.name, "source": task.source, "fingerprint": task.fingerprint}
+        about = {"config": settings, "data": about, "versions": versions()}
+        write_json(folder / "config.json", about)
+        return cls(folder, settings)
+
+    @classmethod
+    def resume(cls, folder: str) -> tuple["Run", dict, str]:
+        """-> (run, its settings, its log's fingerprint)."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise RunError(f"there is no run in {folder}: it has no config.json")
+        about = json.loads(path.read_text())
+        return cls(path.parent, about["config"]), about["config"], about["data"]["fingerprint"]
+
+    @contextlib.contextmanager
+    def timed(self, stage: str):
+        """Add the block's wall time to this stage."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            elapsed = time.monotonic() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+
+    # --- Checkpoint: one npz of arrays, no pickle ---
+
+    def save(self, state: Any, force: bool = False) -> None:
+        """Keep the state, at most every 20 s and a twentieth of the time, unless forced."""
+        start = time.monotonic()
+        if not force and start - self._saved < max(20.0, 20.0 * self._save_cost):
+            return
+        leaves = {f"leaf{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
+        notes = json.dumps({"history": self.history, "seconds": self.seconds})
+        with atomic_file(self.folder / "checkpoint" / "state.npz") as f:
+            np.savez(f, notes=np.array(notes), **leaves)
+        self._saved = time.monotonic()
+        self._save_cost = self._saved - start
+
+    def restore(self, like: Any) -> Any:
+        """-> the saved state in the shape of `like`, or `like` itself where nothing was saved yet."""
+        path = self.folder / "checkpoint" / "state.npz"
+        if not path.is_file():
+            return like
+        with np.load(path, allow_pickle=False) as z:
+            shapes, treedef = jax.tree.flatten(like)
+            leaves = [z[f"leaf{i}"] for i in range(len(z.files) - 1)]
+            notes = json.loads(str(z["notes"]))
+        if [x.shape for x in leaves] != [x.shape for x in shapes]:
+            raise RunError(f"{path} is of another version of this program; start the run again")
+        self.history, self.seconds = notes["history"], notes["seconds"]
+        return jax.tree.unflatten(treedef, [jax.numpy.asarray(x) for x in leaves])
+
+    # --- Results ---
+
+    def log(self, round_index: int, updates: int, metrics: dict, score: Callable) -> str:
+        """Add a row per seed to metrics.csv; metrics holds arrays (seeds,) -> a summary for the bar."""
+        if "return" in metrics and score(0.0) is not None:
+            metrics = metrics | {"score": score(metrics["return"])}
+        columns = {k: np.asarray(v, np.float64).round(6).tolist() for k, v in metrics.items()}
+        for i, seed in enumerate(self.seeds):
+            row = {"round": round_index, "seed": seed, "updates": updates}
+            self.history.append(row | {k: column[i] for k, column in columns.items()})
+        names = list(dict.fromkeys(name for row in self.history for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        with atomic_file(self.folder / "metrics.csv") as f:
+            f.write(text.getvalue().encode())
+        what = "return" if "return" in columns else "log_prob_real"
+        return f"{what.replace('_', ' ')} {np.mean(columns[what]):.1f}"
+
+    def summary(self, config, task) -> dict:
+        """The last round's results as final.json has them."""
+        last = self.history[-len(self.seeds) :]
+        returns = [row["return"] for row in last if "return" in row]
+        scores = [row["score"] for row in last if "score" in row]
+        mean, ci95 = summarise(scores)
+        behaviour = task.behaviour_return
+        behaviour_score = None if task.reference is None else float(task.score(behaviour))
+        logs = [name for name in last[0] if name.startswith("log_prob")]
+        return {
+            "env": task.name,
+            "agent": config.agent,
+            "synthetic": config.synthetic,
+            "seeds": self.seeds,
+            "returns": returns,
+            "scores": scores,
+            "mean": mean,
+            "ci95": ci95,
+            "behaviour_score": behaviour_score,
+            "behaviour_return": behaviour,
+            "source": task.source,
+            "guidance": config.guidance if config.synthetic == "diffusion" else None,
+            "preset": config.preset,
+        } | {name: float(np.mean([row[name] for row in last])) for name in logs}
+
+    def finish(self, final: dict) -> None:
+        """Write final.json and curve.png, and print the table."""
+        final = final | {"wall_seconds": {k: round(v, 1) for k, v in self.seconds.items()}}
+        write_json(self.folder / "final.json", final)
+        draw_curve(self.folder / "curve.png", self.history, final)
+        print(table(final))
+        print(f"\nsaved: {self.folder}/ (final.json, metrics.csv, curve.png, checkpoint/)")
+
+
+def summarise(scores: list[float]) -> tuple[float | None, list[float] | None]:
+    """Scores per seed -> (mean, 95 % interval of the mean by Student's t); no interval for one seed."""
+    if not scores:
+        return None, None
+    mean = float(np.mean(scores))
+    if len(scores) < 2:
+        return mean, None
+    half = t_quantile(len(scores) - 1) * float(np.std(scores, ddof=1)) / len(scores) ** 0.5
+    return mean, [mean - half, mean + half]
+
+
+def t_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t, to three digits (Cornish-Fisher beyond the first three)."""
+    if freedom <= 3:
+        return (12.706, 4.303, 3.182)[freedom - 1]
+    z, n = 1.959964, freedom
+    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+
+
+def table(final: dict) -> str:
+    """final.json as lines for a person."""
+    lines = [
+        "",
+        f"  {final['env']}: {final['agent']} on {final['synthetic']}",
+        f"  log: {final['source']}",
+        "",
+    ]
+    if final["returns"]:
+        lines.append(f"  {'':<14}{'return':>10}{'score':>10}")
+        scores = final["scores"] or [None] * len(final["returns"])
+        for seed, ret, score in zip(final["seeds"], final["returns"], scores):
+            lines.append(f"  seed {seed:<9}{ret:>10.1f}{_number(score):>10}")
+        mean = float(np.mean(final["returns"]))
+        lines.append(f"  {'mean':<14}{mean:>10.1f}{_number(final['mean']):>10}{_interval(final)}")
+    behaviour = final["behaviour_return"]
+    lines.append(f"  {'behaviour':<14}{behaviour:>10.1f}{_number(final['behaviour_score']):>10}")
+    lines.append("")
+    for name in ("validation_loss", "log_prob_synthetic", "log_prob_real"):
+        if final.get(name) is not None:
+            lines.append(f"  {name.replace('_', ' '):<20}{final[name]:>10.3f}")
+    total = sum(final["wall_seconds"].values())
+    parts = ", ".join(f"{stage} {s:.0f}" for stage, s in final["wall_seconds"].items())
+    lines.append(f"  {'wall time':<20}{total:>8.0f} s ({parts})")
+    return "\n".join(lines)
+
+
+def _number(x: float | None) -> str:
+    return "-" if x is None else f"{x:.1f}"
+
+
+def _interval(final: dict) -> str:
+    if final["ci95"] is None:
+        return ""
+    return f"   95 % interval {final['ci95'][0]:.1f} to {final['ci95'][1]:.1f}"
+
+
+def draw_curve(path: Path, history: list[dict], final: dict) -> None:
+    """Return (or, without a simulator, log-likelihood of the log's actions) against updates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    what = "return" if final["returns"] else "log_prob_real"
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for seed in final["seeds"]:
+        rows = [r for r in history if r["seed"] == seed and r.get(what) is not None]
+        axes.plot([r["updates"] for r in rows], [r[what] for r in rows], lw=1, label=f"seed {seed}")
+    if final["returns"]:
+        axes.axhline(final["behaviour_return"], color="black", ls="--", lw=1, label="behaviour")
+    axes.set(xlabel="agent updates", ylabel=what.replace("_", " "), title=final["env"])
+    if len(final["seeds"]) <= 8:
+        axes.legend(frameon=False)
+    with atomic_file(path) as f:
+        figure.savefig(f, dpi=120, format="png")
+    plt.close(figure)
+
+
+# --- Helpers ---
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path):
+    """A binary file that takes its place when the block ends well, and vanishes when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with atomic_file(path) as f:
+        f.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def versions() -> dict[str, str]:
+    """Packages, Python, device and git commit of this run."""
+    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    here = Path(__file__).resolve().parent
+    ask = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        answer = subprocess.run(ask, capture_output=True, text=True)
+        found["commit"] = answer.stdout.strip() or "not in git"
+    return found
