@@ -22,8 +22,8 @@ import optax
 class Agent(NamedTuple):
     """The contract between an algorithm and everything else.
 
-    A deterministic actor's log_prob is the unit Gaussian round its action, so that nothing downstream
-    asks which agent it is.
+    A deterministic actor's log_prob is the unit Gaussian round its action, so that nothing
+    downstream asks which agent it is.
     """
 
     init: Callable  # (key, obs_dim, act_dim) -> state
@@ -176,8 +176,8 @@ def td3_bc(
 ) -> Agent:
     """TD3+BC (arXiv 2106.06860, equation 5 and Table 2).
 
-    One update is `critic_updates` critic updates, each on its own batch, then one actor update and one
-    Polyak step on the last of them: TD3's delayed policy update without a branch.
+    One update is `critic_updates` critic updates, each on its own batch, then one actor update and
+    one Polyak step on the last of them: TD3's delayed policy update without a branch.
     """
     optimiser = optax.adam(lr, eps=1e-5)
 
@@ -268,7 +268,8 @@ def iql(
     lr: float = 3e-4,
     hidden: tuple[int, ...] = (256, 256),
 ) -> Agent:
-    """Implicit Q-learning (arXiv 2110.06169, equations 5 to 7): expectile value, weighted cloning."""
+    """Implicit Q-learning (arXiv 2110.06169, equations 5 to 7): expectile value, weighted
+    cloning."""
     optimiser = optax.adam(lr, eps=1e-5)
 
     def init(key, obs_dim, act_dim):
@@ -340,7 +341,8 @@ def sac(
 ) -> Agent:
     """Soft actor-critic (arXiv 1812.05905) with two critics and an automatic temperature.
 
-    It has no conservatism: meant for data that its own policy collects (data.py), not for a fixed log.
+    It has no conservatism: meant for data that its own policy collects (data.py), not for a fixed
+    log.
     """
     optimiser = optax.adam(lr)
 

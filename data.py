@@ -69,6 +69,11 @@ class Task:
         totals = np.cumsum(self.log["rewards"], dtype=np.float64)[ends]
         return float(np.diff(totals, prepend=0.0).mean())
 
+    def release_log(self) -> None:
+        """Forget the arrays, once they are elsewhere."""
+        _ = self.behaviour_return, self.fingerprint
+        self.log.clear()
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A short hash of the log, to know it again when a run is resumed."""
@@ -85,9 +90,9 @@ def load(
 ) -> Task:
     """A D4RL or gymnax task name, or an HDF5 file in D4RL's layout, or both -> Task.
 
-    With both, the file is the log and the name says which simulator judges. `source` is where the log of
-    a name comes from: D4RL's host, or a re-collection by a shipped policy; auto tries them in that order.
-    Raises DataError, in one line, for whatever is wrong with the file or the name.
+    With both, the file is the log and the name says which simulator judges. `source` is where the
+    log of a name comes from: D4RL's host, or a re-collection by a shipped policy; auto tries them
+    in that order. Raises DataError, in one line, for whatever is wrong with the file or the name.
     """
     entry = None if name is None else resolve(name)
     if path is not None:
@@ -117,8 +122,8 @@ def load(
         high = np.maximum(log["actions"].max(0), 1.0)
         if low.min() < -1.0 or high.max() > 1.0:
             _say(
-                f"actions reach {np.abs(log['actions']).max():.2f}, outside [-1, 1], and no simulator "
-                "gives their bounds: the log's own extremes are taken"
+                f"actions reach {np.abs(log['actions']).max():.2f}, outside [-1, 1], and no "
+                "simulator gives their bounds: the log's own extremes are taken"
             )
     title = entry.name if path is None else Path(path).stem
     return Task(title, log, low, high, origin, simulator, entry.reference if entry else None)
@@ -188,7 +193,8 @@ def _load_by_name(entry: Entry, source: str) -> tuple[dict, str]:
             path, checked = download(entry)
             return read_hdf5(path, limit=entry.limit), f"D4RL {entry.name} ({checked})"
         except Unreachable as e:
-            ways_out = f"put {d4rl_path(entry).name} into {d4rl_path(entry).parent}, or give --dataset-path"
+            path = d4rl_path(entry)
+            ways_out = f"put {path.name} into {path.parent}, or give --dataset-path"
             if source == "d4rl" or entry.policy is None:
                 raise DataError(f"{e}; {ways_out}") from e
             _say(f"{e}; going on with a re-collected log, which is not D4RL's; else {ways_out}")
@@ -202,7 +208,8 @@ def _load_by_name(entry: Entry, source: str) -> tuple[dict, str]:
 
 
 def read_hdf5(path: Path, limit: int | None = None) -> dict[str, np.ndarray]:
-    """A file in D4RL's layout -> dict of KEYS, checked; DataError in one line for whatever is wrong.
+    """A file in D4RL's layout -> dict of KEYS, checked; DataError in one line for whatever is
+    wrong.
 
     Where `timeouts` is missing and the longest episode is known (`limit`), they are put back.
     """
@@ -298,8 +305,9 @@ def d4rl_path(entry: Entry) -> Path:
 def download(entry: Entry) -> tuple[Path, str]:
     """D4RL's file for this entry, from its cache folder or its host -> (path, what was checked).
 
-    An interrupted download goes on where it stopped. The file gets its name only when size and SHA-256
-    agree with the registry, where that has them. Raises Unreachable, or DataError on a wrong file.
+    An interrupted download goes on where it stopped. The file gets its name only when size and
+    SHA-256 agree with the registry, where that has them. Raises Unreachable, or DataError on a
+    wrong file.
     """
     path, row = d4rl_path(entry), entry.d4rl
     size, sha256 = int(row["bytes"] or 0), row["sha256"]
@@ -497,7 +505,8 @@ class GymnaxEnvs:
         return self.obs
 
     def step(self, action: np.ndarray):
-        """action (num, A) -> next_obs (num, O), reward, terminal, timeout (num,); see MujocoEnvs."""
+        """action (num, A) -> next_obs (num, O), reward, terminal, timeout (num,); see
+        MujocoEnvs."""
         self._t += 1
         out = self._step_all(self._seed, self._t, self._state, np.asarray(action, np.float32))
         obs, self._state, reward, terminal, timeout, info = out
@@ -517,7 +526,8 @@ def make_envs(task: str, num: int):
 
 
 def evaluate_on_host(envs, act: Callable, seed: int | Sequence[int]) -> np.ndarray:
-    """One episode in every copy -> undiscounted returns (num,). act maps obs (num, O) to (num, A)."""
+    """One episode in every copy -> undiscounted returns (num,). act maps obs (num, O) to (num,
+    A)."""
     obs, returns, alive = envs.reset(seed), np.zeros(envs.num), np.ones(envs.num, bool)
     while alive.any():
         _, reward, terminal, timeout = envs.step(act(obs))
@@ -527,9 +537,25 @@ def evaluate_on_host(envs, act: Callable, seed: int | Sequence[int]) -> np.ndarr
     return returns
 
 
+def step_from(simulator: str, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
+    """obs (N, O), action (N, A) -> next_obs (N, O), as MuJoCo has it from exactly that state.
+
+    An observation is qpos without the position along the track, which has no influence, then qvel.
+    """
+    if simulator not in MujocoEnvs.IDS:
+        raise DataError(f"{simulator} cannot be put into a given state")
+    env = make_envs(simulator, 1).envs[0]
+    env.reset(seed=0)
+    out, num_qpos = np.empty(obs.shape), env.model.nq - 1
+    for i, (o, a) in enumerate(zip(obs.astype(np.float64), action.astype(np.float64))):
+        env.set_state(np.concatenate([[0.0], o[:num_qpos]]), o[num_qpos:])
+        out[i] = env.step(a)[0]
+    return out
+
+
 def evaluator_in_program(simulator: str | None, episodes: int) -> Callable | None:
-    """-> evaluate(key, act) -> returns (episodes,), a pure function to compile into a run; None where
-    the task has no simulator in JAX. act maps obs (..., O) to actions (..., A)."""
+    """-> evaluate(key, act) -> returns (episodes,), a pure function to compile into a run; None
+    where the task has no simulator in JAX. act maps obs (..., O) to actions (..., A)."""
     if simulator not in GymnaxEnvs.IDS:
         return None
     import jax
@@ -597,9 +623,9 @@ def scale_action(action, low, high):
 def collect(envs, policy: Callable, steps: int, seed: int) -> dict[str, np.ndarray]:
     """`steps` transitions of the stochastic policy, in D4RL's flat layout.
 
-    Each copy of the environment is one stream of steps // num (rounded up) and the streams are laid end
-    to end, so that no episode is preferred for ending early; where a stream stops, so does an episode,
-    as if by a time-out.
+    Each copy of the environment is one stream of steps // num (rounded up) and the streams are laid
+    end to end, so that no episode is preferred for ending early; where a stream stops, so does an
+    episode, as if by a time-out.
     """
     length = -(-steps // envs.num)
     rng = np.random.default_rng(seed)
@@ -635,9 +661,9 @@ def train_policy(
 ) -> None:
     """Train SAC online and save the snapshot whose mean return is nearest to `stop_at`.
 
-    D4RL's recipe for its -medium logs. One update of batch 256 per environment step, replay of all that
-    was seen; every `eval_every` steps the stochastic policy plays `num_envs` episodes, and the first
-    time that it passes `stop_at`, the nearer of this snapshot and the one before is kept.
+    D4RL's recipe for its -medium logs. One update of batch 256 per environment step, replay of all
+    that was seen; every `eval_every` steps the stochastic policy plays `num_envs` episodes, and the
+    first time that it passes `stop_at`, the nearer of this snapshot and the one before is kept.
     """
     import jax
 
@@ -664,7 +690,8 @@ def train_policy(
         mean_return = round(float(evaluate_on_host(judge, act, t).mean()), 1)
         command = (
             f"python data.py train-policy {task} --stop-at {stop_at:g} --seed {seed} "
-            f"--eval-every {eval_every} --start-steps {start_steps} --out {out}"
+            f"--num-envs {num_envs} --start-steps {start_steps} --eval-every {eval_every} "
+            f"--out {out}"
         )
         meta = {"task": task, "algorithm": "SAC", "mean_return": mean_return, "env_steps": t}
         return Policy(layers, meta | {"command": command})
@@ -745,7 +772,8 @@ def _quiet_stderr():
 
 @contextlib.contextmanager
 def atomic_path(path: Path):
-    """A temporary path beside `path`, renamed onto it when the block ends well, removed when not."""
+    """A temporary path beside `path`, renamed onto it when the block ends well, removed when
+    not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -56,12 +57,14 @@ class Config:
     horizon: int = 32  # T, steps in a window
     stride: int = 1  # keep every stride-th window start; episode starts and terminals always
     validation: float = 0.05  # fraction of the episodes held out of denoiser training
+    held_out: Literal["random", "last"] = "random"  # which ones
 
     # --- Denoiser ---
     features: int = 64  # channels at the first level; they double at each level below
     levels: int = 1  # levels of the U-Net; 1 is full length throughout, no pooling
     blocks: int = 4  # residual blocks per level (and per level again on the way up)
-    kernel: int = 5  # width of a convolution in steps
+    kernel: int = 3  # width of a convolution in steps
+    expansion: int = 4  # width of a block's hidden layer, in units of its channels
     groups: int = 8  # groups of channels normalised together, over time
 
     # --- Denoiser training ---
@@ -105,12 +108,24 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "smoke": {},
-    "laptop": {},
-    "paper": {},
-}
-
+    "default": {},  # small gymnax tasks; where the task is larger, default-large stands in for it
+    "default-large": dict(
+        features=256, blocks=6, fit_steps=100_000, fit_batch=128, rounds=100, updates=5_000,
+        trajectories=8_192, sample_batch=1_024,
+    ),
+    "smoke": dict(
+        features=16, blocks=1, fit_steps=200, sample_steps=8, rounds=2, updates=50, trajectories=64,
+        sample_batch=64, eval_episodes=4,
+    ),
+    "laptop": dict(
+        features=96, fit_steps=16_000, fit_batch=32, rounds=10, updates=5_000, trajectories=1_024,
+    ),
+    "paper": dict(
+        features=1_024, levels=3, blocks=1, stride=8, fit_steps=1_000_000, fit_batch=32,
+        sample_steps=256, s_churn=80.0, rounds=100, updates=10_000, trajectories=8_192,
+        sample_batch=256,
+    ),
+}  # fmt: skip
 
 DEFAULT_ENV = "pendulum-medium"
 
@@ -142,7 +157,8 @@ class Normalizer(NamedTuple):
 class Dataset(NamedTuple):
     """A log on the device: an argument of every compiled function, shared by all seeds.
 
-    A step is (observation, arctanh of the action, reward, done), D = O + A + 2 channels, standardised.
+    A step is (observation, arctanh of the action, reward, done), D = O + A + 2 channels,
+    standardised.
     """
 
     steps: chex.Array  # (N, D)
@@ -168,8 +184,9 @@ class Dataset(NamedTuple):
 def window_starts(terminals, timeouts, horizon: int, stride: int = 1) -> np.ndarray:
     """terminals, timeouts (N,) -> first steps of windows, increasing.
 
-    A window never goes on past an episode's end, and none ends on a time-out. One that ends on a terminal
-    or begins an episode is kept; of the others every stride-th. (PGD's reference, section 2 of METHOD.)
+    A window never goes on past an episode's end, and none ends on a time-out. One that ends on a
+    terminal or begins an episode is kept; of the others every stride-th. (PGD's reference, section
+    2 of METHOD.)
     """
     ends = np.flatnonzero(terminals | timeouts)
     firsts = np.concatenate([[0], ends[:-1] + 1])
@@ -186,9 +203,9 @@ def make_dataset(
 ) -> Dataset:
     """A log in D4RL's flat layout -> Dataset.
 
-    log: observations (N, O), actions (N, A) in [action_low, action_high], rewards (N,), terminals (N,),
-    timeouts (N,); the last step ends an episode whether it says so or not.
-    Raises UserError where no window fits, or a batch is larger than the log.
+    log: observations (N, O), actions (N, A) in [action_low, action_high], rewards (N,), terminals
+    (N,), timeouts (N,); the last step ends an episode whether it says so or not. Raises UserError
+    where no window fits, or a batch is larger than the log.
     """
     obs, action = np.asarray(log["observations"]), np.asarray(log["actions"])
     terminals = np.asarray(log["terminals"], bool)
@@ -209,28 +226,33 @@ def make_dataset(
 
     starts = window_starts(terminals, timeouts, config.horizon, config.stride)
     episode = np.concatenate([[0], np.cumsum(terminals | timeouts)[:-1]])  # of each step
-    with_windows = np.unique(episode[starts])
-    if len(with_windows) < 2:
-        longest = np.bincount(episode).max()
+    if len(starts) < 2:
         raise UserError(
-            f"the log has {len(with_windows)} episodes that hold a window of {config.horizon} steps "
-            f"(its longest has {longest}) and needs 2, one to train on and one held out; "
-            f"lower --horizon or bring more data"
+            f"the log has {len(starts)} windows of {config.horizon} steps, its longest episode "
+            f"{np.bincount(episode).max()} steps; lower --horizon or bring more data"
         )
-    num_val = min(max(1, round(config.validation * len(with_windows))), len(with_windows) - 1)
-    held_out = np.random.default_rng(0).permutation(with_windows)[:num_val]
-    is_val = np.isin(episode[starts], held_out)
+    with_windows = np.unique(episode[starts])
+    if len(with_windows) > 1:
+        num_val = max(1, round(config.validation * len(with_windows)))
+        if config.held_out == "random":
+            with_windows = np.random.default_rng(0).permutation(with_windows)
+        held_out = with_windows[-num_val:]
+        val = np.isin(episode[starts], held_out)
+        train = ~val
+    else:  # one long episode: its end is held out
+        boundary = starts[-max(1, round(config.validation * len(starts)))]
+        val, train = starts >= boundary, starts + config.horizon <= boundary
     usable = np.flatnonzero(~timeouts)
     for name, size, have in [
-        ("fit-batch", config.fit_batch, (~is_val).sum()),
+        ("fit-batch", config.fit_batch, train.sum()),
         ("batch-size", config.batch_size, len(usable)),
     ]:
         if size > have:
             raise UserError(f"--{name} {size} is larger than the log, which gives {have} of them")
     return Dataset(
         steps=jnp.asarray(steps),
-        train_starts=jnp.asarray(starts[~is_val], jnp.int32),
-        val_starts=jnp.asarray(starts[is_val], jnp.int32),
+        train_starts=jnp.asarray(starts[train], jnp.int32),
+        val_starts=jnp.asarray(starts[val], jnp.int32),
         usable=jnp.asarray(usable, jnp.int32),
         normalizer=Normalizer(jnp.float32(mean), jnp.float32(std)),
         action_low=jnp.asarray(low),
@@ -265,8 +287,8 @@ def sample_real(key, dataset: Dataset, num: int) -> Transition:
 def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
     """Sampled trajectories (S, T, D) -> Transition (S * T, ...).
 
-    The last step has no successor. Where it is a terminal it needs none; elsewhere the transition in the
-    middle of the window, where the denoiser errs least, stands in for it.
+    The last step has no successor. Where it is a terminal it needs none; elsewhere the transition
+    in the middle of the window, where the denoiser errs least, stands in for it.
     """
     obs, action, reward, done = split_steps(dataset, x)
     next_obs = jnp.concatenate([obs[:, 1:], obs[:, -1:]], axis=1)
@@ -294,7 +316,8 @@ def dense(params: dict, x: chex.Array) -> chex.Array:
 
 
 def windows(x: chex.Array, kernel: int) -> chex.Array:
-    """x (..., T, C) -> (..., T, kernel * C): each step beside its neighbours, zeros past the ends."""
+    """x (..., T, C) -> (..., T, kernel * C): each step beside its neighbours, zeros past the
+    ends."""
     half = kernel // 2
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(half, half), (0, 0)])
     shifted = [padded[..., i : i + x.shape[-2], :] for i in range(kernel)]
@@ -305,8 +328,9 @@ def windows(x: chex.Array, kernel: int) -> chex.Array:
 def convolve(x: chex.Array, w: chex.Array, kernel: int) -> chex.Array:
     """x (..., T, C), w (kernel * C, C') -> (..., T, C'): a convolution over time, "same" padding.
 
-    Windows times a matrix, in the backward pass too: in a scan on CPU this is a hundred times as fast as
-    the gradient of lax.conv's weights, and 1.5 times the transpose that autodiff finds for it.
+    Windows times a matrix, in the backward pass too: in a scan on CPU this is a hundred times as
+    fast as the gradient of lax.conv's weights, and 1.5 times the transpose that autodiff finds for
+    it.
     """
     return windows(x, kernel) @ w
 
@@ -339,25 +363,27 @@ def group_norm(x: chex.Array, groups: int) -> chex.Array:
 
 
 def init_block(key, c_in: int, c_out: int, config: Config) -> dict:
-    k = jax.random.split(key, 4)
-    width = config.kernel
+    k = jax.random.split(key, 5)
+    hidden = config.expansion * c_out
     block = {
-        "conv1": init_dense(k[0], width * c_in, c_out),
-        "film": init_dense(k[1], 4 * config.features, 2 * c_out, scale=0.0),
-        "conv2": init_dense(k[2], width * c_out, c_out, scale=0.0),
+        "conv": init_dense(k[0], config.kernel * c_in, c_out),
+        "film": init_dense(k[1], config.features, 2 * c_out, scale=0.0),
+        "widen": init_dense(k[2], c_out, hidden),
+        "narrow": init_dense(k[3], hidden, c_out, scale=0.0),
     }
     if c_in != c_out:
-        block["skip"] = init_dense(k[3], c_in, c_out)
+        block["skip"] = init_dense(k[4], c_in, c_out)
     return block
 
 
 def residual_block(block: dict, x: chex.Array, emb: chex.Array, config: Config) -> chex.Array:
-    """x (..., T, C), emb (..., E) -> (..., T, C'): two convolutions, scaled and shifted by emb."""
+    """x (..., T, C), emb (..., E) -> (..., T, C'): a convolution over time, scale and shift by the
+    noise level, and a hidden layer over the channels of each step."""
     h = jax.nn.relu(group_norm(x, config.groups))
-    h = conv(block["conv1"], h, config.kernel)
+    h = conv(block["conv"], h, config.kernel)
     scale, shift = jnp.split(dense(block["film"], emb)[..., None, :], 2, axis=-1)
-    h = jax.nn.relu(group_norm(h, config.groups) * (1.0 + scale) + shift)
-    h = conv(block["conv2"], h, config.kernel)
+    h = group_norm(h, config.groups) * (1.0 + scale) + shift
+    h = dense(block["narrow"], jax.nn.relu(dense(block["widen"], h)))
     return (dense(block["skip"], x) if "skip" in block else x) + h
 
 
@@ -373,7 +399,7 @@ def init_unet(key, dim: int, config: Config) -> dict:
         ]
 
     return {
-        "embed": [init_dense(next(key), f, 4 * f), init_dense(next(key), 4 * f, 4 * f)],
+        "embed": [init_dense(next(key), f, f), init_dense(next(key), f, f)],
         "in": init_dense(next(key), config.kernel * dim, f),
         "down": [init_blocks(c_in, c) for c_in, c in zip([f, *widths], widths)],
         "up": [init_blocks(2 * c + c, c) for c in widths[:-1]],
@@ -442,8 +468,8 @@ def sample(
 ):
     """Stochastic Heun sampler (EDM Algorithm 2) -> (shape), in 2N - 1 denoiser calls.
 
-    denoiser(x, sigma) -> x; sigmas (N + 1,), the last 0; guide(x, sigma, step) -> x, applied before the
-    churn of each step; churn is (S_churn, S_tmin, S_tmax, S_noise).
+    denoiser(x, sigma) -> x; sigmas (N + 1,), the last 0; guide(x, sigma, step) -> x, applied before
+    the churn of each step; churn is (S_churn, S_tmin, S_tmax, S_noise).
     """
     s_churn, s_tmin, s_tmax, s_noise = churn
     num = sigmas.shape[0] - 1
@@ -481,8 +507,9 @@ def make_policy_guide(
 ) -> Callable:
     """log_prob(obs (..., O), action (..., A)) -> (...) becomes a guide for sample().
 
-    The guide adds lambda_n * g / ||g|| to the standardised, pre-tanh actions, g being the gradient of the
-    trajectory's summed log_prob with respect to them, and ||g|| its norm over the (T, A) of one trajectory.
+    The guide adds lambda_n * g / ||g|| to the standardised, pre-tanh actions, g being the gradient
+    of the trajectory's summed log_prob with respect to them, and ||g|| its norm over the (T, A) of
+    one trajectory.
     """
     o, a, num = dataset.obs_dim, dataset.act_dim, config.sample_steps
 
@@ -551,7 +578,7 @@ def make_diffusion(config: Config, obs_dim: int, act_dim: int) -> Generator:
             loss, grads = jax.value_and_grad(loss_fn)(
                 state.params, k, dataset, dataset.train_starts, config.fit_batch
             )
-            updates, opt_state = optimiser.update(grads, state.opt_state)
+            updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
             ema = optax.incremental_update(params, state.ema, 1 - decay)
@@ -605,8 +632,8 @@ class RoundState(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """One run for one key; jit it, vmap it over keys. The host may instead call the chunks one after
-    another, always with the same key, and gets the numbers of `train`."""
+    """One run for one key; jit it, vmap it over keys. The host may instead call the chunks one
+    after another, always with the same key, and gets the numbers of `train`."""
 
     generator: Generator
     init_rounds: Callable  # (key, gen_state, dataset) -> RoundState
@@ -714,8 +741,8 @@ def make_train(
 
 
 def vmap_seeds(trainer: Trainer, shared_denoiser: bool) -> Trainer:
-    """The Trainer of many seeds: keys and states gain a leading axis, the data set does not, and neither
-    does the generator's key and state if all seeds share it."""
+    """The Trainer of many seeds: keys and states gain a leading axis, the data set does not, and
+    neither does the generator's key and state if all seeds share it."""
     generator, g = trainer.generator, None if shared_denoiser else 0
     fit = trainer.fit
     if not shared_denoiser:
@@ -738,61 +765,57 @@ def vmap_seeds(trainer: Trainer, shared_denoiser: bool) -> Trainer:
 # --- Main: one run on the host, in chunks or fused ---
 
 
-def check_config(config: Config) -> None:
+AT_LEAST_ONE = (
+    "num_seeds stride features levels blocks expansion groups fit_steps fit_chunk fit_batch rounds "
+    "updates batch_size trajectories sample_batch buffer_rounds eval_episodes"
+).split()
+
+
+def check_config(c: Config) -> None:
     """Raise UserError, in one line, for settings that cannot work."""
-    at_least_1 = (
-        "num_seeds stride features levels blocks groups fit_steps fit_chunk fit_batch rounds "
-    )
-    at_least_1 += "updates batch_size trajectories sample_batch buffer_rounds eval_episodes"
-    halvings = 2 ** (config.levels - 1)
-    rules = [
-        (getattr(config, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
-        for name in at_least_1.split()
-    ] + [
-        (config.horizon >= 2, "--horizon must be at least 2"),
-        (config.sample_steps >= 2, "--sample-steps must be at least 2"),
-        (config.kernel % 2 == 1, "--kernel must be odd"),
-        (
-            config.features % (2 * config.groups) == 0,
-            "--features must be a multiple of 2 x --groups",
-        ),
-        (
-            config.horizon % halvings == 0,
-            f"--horizon must be a multiple of {halvings}, for --levels",
-        ),
-        (config.fit_steps % config.fit_chunk == 0, "--fit-steps must be a multiple of --fit-chunk"),
-        (
-            config.trajectories % config.sample_batch == 0,
-            "--trajectories must be a multiple of --sample-batch",
-        ),
-        (
-            0 <= config.real_batch <= config.batch_size,
-            "--real-batch must lie between 0 and --batch-size",
-        ),
-        (0 < config.validation < 1, "--validation must lie between 0 and 1"),
-        (0 < config.sigma_min < config.sigma_max, "--sigma-min must lie between 0 and --sigma-max"),
-    ]
-    for holds, message in rules:
+    rules = {
+        f"--{name.replace('_', '-')} must be at least 1": getattr(c, name) >= 1
+        for name in AT_LEAST_ONE
+    } | {
+        "--horizon must be at least 2": c.horizon >= 2,
+        "--sample-steps must be at least 2": c.sample_steps >= 2,
+        "--kernel must be odd": c.kernel % 2 == 1,
+        "--features must be a multiple of --groups, and even": c.features % c.groups == 0
+        and c.features % 2 == 0,
+        f"--levels {c.levels} needs a --horizon that can be halved {c.levels - 1} times": c.horizon
+        % 2 ** (c.levels - 1)
+        == 0,
+        "--fit-steps must be a multiple of --fit-chunk": c.fit_steps % c.fit_chunk == 0,
+        "--trajectories must be a multiple of --sample-batch": c.trajectories % c.sample_batch == 0,
+        "--real-batch must lie between 0 and --batch-size": 0 <= c.real_batch <= c.batch_size,
+        "--validation must lie between 0 and 1": 0 < c.validation < 1,
+        "--sigma-min must lie between 0 and --sigma-max": 0 < c.sigma_min < c.sigma_max,
+    }
+    for message, holds in rules.items():
         if not holds:
             raise UserError(message)
 
 
 def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
-    """Command line -> Config: Config's own values, the preset's over them, single flags over those."""
+    """Command line -> Config: Config's own values, the preset's over them, single flags over
+    those."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="default")
-    parser.add_argument("--env")
+    parser.add_argument("--env", default=DEFAULT_ENV)
     parser.add_argument("--dataset-path", "--dataset_path")
+    parser.add_argument("--resume")
     known, _ = parser.parse_known_args(argv)
-    preset, small = known.preset, (known.env or DEFAULT_ENV).startswith(tuple(small_tasks))
-    if preset == "default" and (known.dataset_path or not small):
-        preset = "default-large"
+    if known.resume and len(argv) > 2:
+        raise UserError("--resume takes no other flags: a run goes on under its own settings")
+    small = known.env.startswith(tuple(small_tasks)) and not known.dataset_path
+    preset = "default-large" if known.preset == "default" and not small else known.preset
     start = dataclasses.replace(Config(), **PRESETS.get(preset, {}))
     return tyro.cli(Config, args=argv, default=start, description=__doc__)
 
 
 def make_host_evaluate(config: Config, simulator: str, agent, dataset: Dataset) -> Callable:
-    """-> evaluate(round, agent_states) -> returns (seeds,), in the simulator's own physics on the host."""
+    """-> evaluate(round, agent_states) -> returns (seeds,), in the simulator's own physics on the
+    host."""
     import data
 
     seeds, episodes = config.seed + np.arange(config.num_seeds), config.eval_episodes
@@ -813,56 +836,75 @@ def make_host_evaluate(config: Config, simulator: str, agent, dataset: Dataset) 
     return evaluate
 
 
-def run(config: Config) -> dict:
-    """One whole run on the host: load, fit, rounds, run folder -> the content of final.json.
+class Session(NamedTuple):
+    """Everything that a run needs, built from its config."""
 
-    Raises UserError, data.DataError or runs.RunError, in one line, for a user's mistake.
-    """
+    task: Any  # data.Task; its log is emptied once the device has it
+    dataset: Dataset
+    agent: Any
+    trainer: Trainer  # of all seeds
+    fit_key: chex.PRNGKey  # one, or one per seed
+    keys: chex.PRNGKey  # (seeds,)
+    host_evaluate: Callable | None  # (round, agent_states) -> returns (seeds,)
+
+
+def build(config: Config) -> Session:
+    """Load the log, put it on the device and make the trainer: first for one seed, then for all."""
     import agents
     import data
-    import runs
 
-    # Load
-    folder, fingerprint = None, None
-    if config.resume:
-        folder, settings, fingerprint = runs.Run.resume(config.resume)
-        config = Config(**settings)
     check_config(config)
     if config.agent not in agents.AGENTS:
         raise UserError(f"there is no agent {config.agent!r}; there is {', '.join(agents.AGENTS)}")
-    task = data.load(task_name(config), config.dataset_path, config.source)
+    name = config.env or (None if config.dataset_path else DEFAULT_ENV)
+    task = data.load(name, config.dataset_path, config.source)
     dataset = make_dataset(task.log, config, task.action_low, task.action_high)
-    if fingerprint not in (None, task.fingerprint):
-        raise UserError(f"{config.resume} was trained on another log than {task.source}")
-    if folder is None:
-        title = f"{task.name}-{config.agent}-{config.synthetic}"
-        folder = runs.Run.create(config.out, title, dataclasses.asdict(config), task)
+    task.release_log()
 
-    # Build for one seed, then add the seed axis
-    agent = agents.make_agent(config.agent)
+    agent, dims = agents.make_agent(config.agent), (dataset.obs_dim, dataset.act_dim)
     make_generator = make_resampler if config.synthetic == "none" else make_diffusion
-    generator = make_generator(config, dataset.obs_dim, dataset.act_dim)
     evaluate = data.evaluator_in_program(task.simulator, config.eval_episodes)
-    trainer = make_train(config, agent, generator, dataset.obs_dim, dataset.act_dim, evaluate)
+    trainer = make_train(config, agent, make_generator(config, *dims), *dims, evaluate)
     trainer = vmap_seeds(trainer, config.shared_denoiser)
     keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
     fit_key = jax.random.key(0) if config.shared_denoiser else keys
     host_evaluate = None
     if evaluate is None and task.simulator:
         host_evaluate = make_host_evaluate(config, task.simulator, agent, dataset)
-    task.behaviour_return, task.log.clear()  # the device has the log now
+    return Session(task, dataset, agent, trainer, fit_key, keys, host_evaluate)
 
-    # Run as one program, or chunk by chunk
-    run_all = run_fused if config.fused else run_chunks
-    gen_state = run_all(config, trainer, fit_key, keys, dataset, folder, host_evaluate, task.score)
-    held_out = jax.jit(trainer.generator.validate)(gen_state, dataset)
-    final = folder.summary(config, task) | {k: float(np.mean(v)) for k, v in held_out.items()}
+
+def run(config: Config) -> dict:
+    """One whole run on the host: load, fit, rounds, run folder -> the content of final.json.
+
+    Raises UserError, data.DataError or runs.RunError, in one line, for a user's mistake.
+    """
+    import runs
+
+    start = time.monotonic()
+    folder, settings, fingerprint = None, {}, None
+    if config.resume:
+        folder, settings, fingerprint = runs.Run.resume(config.resume)
+        config = Config(**settings)
+    session = build(config)
+    if fingerprint not in (None, session.task.fingerprint):
+        raise UserError(f"the run was trained on another log than {session.task.source}")
+    if folder is None:
+        title = f"{session.task.name}-{config.agent}-{config.synthetic}"
+        folder = runs.Run.create(config.out, title, dataclasses.asdict(config), session.task)
+    folder.seconds["load"] = time.monotonic() - start
+
+    gen_state = (run_fused if config.fused else run_chunks)(config, session, folder)
+    held_out = jax.jit(session.trainer.generator.validate)(gen_state, session.dataset)
+    final = folder.summary(config, session.task)
+    final |= {name: float(np.mean(value)) for name, value in held_out.items()}
     folder.finish(final)
     return final
 
 
-def run_fused(config, trainer, fit_key, keys, dataset, folder, host_evaluate, score):
+def run_fused(config: Config, session: Session, folder):
     """Fit and every round as one compiled program -> gen_state."""
+    task, trainer = session.task, session.trainer
 
     @jax.jit
     def whole_run(fit_key, keys, dataset):
@@ -870,30 +912,37 @@ def run_fused(config, trainer, fit_key, keys, dataset, folder, host_evaluate, sc
         return gen_state, *trainer.run_rounds(keys, gen_state, dataset)
 
     with folder.timed("fused"):
-        gen_state, state, metrics = jax.block_until_ready(whole_run(fit_key, keys, dataset))
+        results = whole_run(session.fit_key, session.keys, session.dataset)
+        gen_state, state, metrics = jax.block_until_ready(results)
     for i in range(config.rounds):
         row = {name: values[:, i] for name, values in metrics.items()}
-        if host_evaluate and i == config.rounds - 1:
+        if session.host_evaluate and i == config.rounds - 1:
             with folder.timed("evaluate"):
-                row["return"] = host_evaluate(i, state.agent)
-        folder.log(i, (i + 1) * config.updates, row, score)
-    folder.save((gen_state, state), force=True)
+                row["return"] = session.host_evaluate(i, state.agent)
+        folder.log(i, (i + 1) * config.updates, row, task.score)
+    folder.save((np.int32(trainer.generator.num_chunks), gen_state, state), force=True)
     return gen_state
 
 
-def run_chunks(config, trainer, fit_key, keys, dataset, folder, host_evaluate, score):
-    """The same in pieces, with progress and checkpoints, from the last checkpoint on -> gen_state."""
+def restore(session: Session, folder):
+    """-> (fit chunks done, gen_state, round_state): the last checkpoint, or the very beginning."""
+    gen_state = jax.jit(session.trainer.generator.init)(session.fit_key)
+    state = jax.jit(session.trainer.init_rounds)(session.keys, gen_state, session.dataset)
+    return folder.restore((np.int32(0), gen_state, state))
+
+
+def run_chunks(config: Config, session: Session, folder):
+    """The same in pieces, with progress and checkpoints, from the last one on -> gen_state."""
     from tqdm import tqdm
 
-    generator = trainer.generator
-    fit_chunk = jax.jit(generator.fit_chunk, donate_argnums=1)
+    _, dataset, _, trainer, fit_key, keys, host_evaluate = session
+    fit_chunk = jax.jit(trainer.generator.fit_chunk, donate_argnums=1)
     round_chunk = jax.jit(trainer.round_chunk, donate_argnums=1)
-    gen_state = jax.jit(generator.init)(fit_key)
-    state = jax.jit(trainer.init_rounds)(keys, gen_state, dataset)
-    done, gen_state, state = folder.restore((np.int32(0), gen_state, state))
+    done, gen_state, state = restore(session, folder)
 
-    with tqdm(total=generator.num_chunks, initial=int(done), desc="fit", disable=None) as bar:
-        for chunk in range(int(done), generator.num_chunks):
+    num_chunks = trainer.generator.num_chunks
+    with tqdm(total=num_chunks, initial=int(done), desc="fit", disable=None) as bar:
+        for chunk in range(int(done), num_chunks):
             with folder.timed("fit"):
                 gen_state, metrics = fit_chunk(fit_key, gen_state, dataset)
                 loss = float(np.mean(metrics["loss"]))
@@ -903,7 +952,7 @@ def run_chunks(config, trainer, fit_key, keys, dataset, folder, host_evaluate, s
             bar.update()
             folder.save((np.int32(chunk + 1), gen_state, state))
 
-    first, done = int(state.round[0]), np.int32(generator.num_chunks)
+    done, first = np.int32(num_chunks), int(state.round[0])
     with tqdm(total=config.rounds, initial=first, desc="rounds", disable=None) as bar:
         for i in range(first, config.rounds):
             with folder.timed("rounds"):
@@ -912,17 +961,11 @@ def run_chunks(config, trainer, fit_key, keys, dataset, folder, host_evaluate, s
             if host_evaluate:
                 with folder.timed("evaluate"):
                     metrics["return"] = host_evaluate(i, state.agent)
-            bar.set_postfix_str(
-                folder.log(i, (i + 1) * config.updates, metrics, score), refresh=False
-            )
+            said = folder.log(i, (i + 1) * config.updates, metrics, session.task.score)
+            bar.set_postfix_str(said, refresh=False)
             bar.update()
             folder.save((done, gen_state, state), force=i == config.rounds - 1)
     return gen_state
-
-
-def task_name(config: Config) -> str | None:
-    """The task's name; pendulum-medium where neither a name nor a file is given."""
-    return config.env or (None if config.dataset_path else DEFAULT_ENV)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -930,9 +973,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     import data
     import runs
 
-    config = parse_config(sys.argv[1:] if argv is None else argv, tuple(data.GymnaxEnvs.IDS))
     try:
-        run(config)
+        argv = sys.argv[1:] if argv is None else argv
+        run(parse_config(argv, tuple(data.GymnaxEnvs.IDS)))
     except (UserError, data.DataError, runs.RunError, OSError) as e:
         print(f"pgd.py: {e}", file=sys.stderr)
         sys.exit(2)

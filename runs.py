@@ -1,4 +1,5 @@
-"""A run's folder: config.json, checkpoint/, metrics.csv, curve.png, final.json, and the printed table.
+"""A run's folder: config.json, checkpoint/, metrics.csv, curve.png, final.json, and the printed
+table.
 
 Every file is written beside its place and renamed, so that a kill leaves the last good one.
 """
@@ -20,6 +21,9 @@ import jax
 import numpy as np
 
 PACKAGES = ("jax", "jaxlib", "optax", "chex", "gymnax", "gymnasium", "mujoco", "numpy")
+
+
+SAVE_EVERY = float(os.environ.get("PGD_SAVE_EVERY", "20"))  # seconds
 
 
 class RunError(Exception):
@@ -72,9 +76,10 @@ class Run:
     # --- Checkpoint: one npz of arrays, no pickle ---
 
     def save(self, state: Any, force: bool = False) -> None:
-        """Keep the state, at most every 20 s and a twentieth of the time, unless forced."""
+        """Keep the state, at most every SAVE_EVERY seconds and a twentieth of the time, unless
+        forced."""
         start = time.monotonic()
-        if not force and start - self._saved < max(20.0, 20.0 * self._save_cost):
+        if not force and start - self._saved < max(SAVE_EVERY, 20.0 * self._save_cost):
             return
         leaves = {f"leaf{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
         notes = json.dumps({"history": self.history, "seconds": self.seconds})
@@ -84,7 +89,8 @@ class Run:
         self._save_cost = self._saved - start
 
     def restore(self, like: Any) -> Any:
-        """-> the saved state in the shape of `like`, or `like` itself where nothing was saved yet."""
+        """-> the saved state in the shape of `like`, or `like` itself where nothing was saved
+        yet."""
         path = self.folder / "checkpoint" / "state.npz"
         if not path.is_file():
             return like
@@ -100,7 +106,8 @@ class Run:
     # --- Results ---
 
     def log(self, round_index: int, updates: int, metrics: dict, score: Callable) -> str:
-        """Add a row per seed to metrics.csv; metrics holds arrays (seeds,) -> a summary for the bar."""
+        """Add a row per seed to metrics.csv; metrics holds arrays (seeds,) -> a summary for the
+        bar."""
         if "return" in metrics and score(0.0) is not None:
             metrics = metrics | {"score": score(metrics["return"])}
         columns = {k: np.asarray(v, np.float64).round(6).tolist() for k, v in metrics.items()}
@@ -152,7 +159,8 @@ class Run:
 
 
 def summarise(scores: list[float]) -> tuple[float | None, list[float] | None]:
-    """Scores per seed -> (mean, 95 % interval of the mean by Student's t); no interval for one seed."""
+    """Scores per seed -> (mean, 95 % interval of the mean by Student's t); no interval for one
+    seed."""
     if not scores:
         return None, None
     mean = float(np.mean(scores))

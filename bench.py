@@ -1,0 +1,175 @@
+"""Speed, as ratios to this machine's own matrix multiplication rate, measured in the same run.
+
+    python bench.py                # everything, about three minutes on two cores
+    python bench.py --json FILE    # the same for machines
+
+A ratio is (floating-point operations that the method needs, counted by hand) / time / matmul rate.
+"""
+
+import argparse
+import dataclasses
+import resource
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import agents
+import pgd
+import runs
+
+OBS, ACT = 17, 6  # halfcheetah
+LOG_SIZE = 1_000_000
+
+
+def seconds(f, *args, repeats: int = 4) -> tuple[float, float]:
+    """-> (best wall time of a call, time of the first call, compilation included)."""
+    start = time.perf_counter()
+    jax.block_until_ready(f(*args))
+    first, best = time.perf_counter() - start, np.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        best = min(best, time.perf_counter() - start)
+    return best, first
+
+
+def matmul_rate(n: int = 2048) -> float:
+    """FLOP/s of one large float32 matrix product."""
+    a = jax.random.normal(jax.random.key(0), (n, n))
+    return 2 * n**3 / seconds(jax.jit(lambda a: a @ a), a, repeats=8)[0]
+
+
+def random_dataset(config: pgd.Config) -> pgd.Dataset:
+    """A log of D4RL's size, of no meaning."""
+    rng = np.random.default_rng(0)
+    ends = np.arange(LOG_SIZE) % 1000 == 999
+    log = {
+        "observations": rng.standard_normal((LOG_SIZE, OBS), np.float32),
+        "actions": np.tanh(rng.standard_normal((LOG_SIZE, ACT), np.float32)),
+        "rewards": rng.standard_normal(LOG_SIZE, np.float32),
+        "terminals": np.zeros(LOG_SIZE, bool),
+        "timeouts": ends,
+    }
+    return pgd.make_dataset(log, config)
+
+
+def unet_flops(config: pgd.Config) -> float:
+    """Of one forward pass over one trajectory at one level: matrix products only."""
+    assert config.levels == 1
+    f, dim = config.features, OBS + ACT + 2
+    block = config.kernel * f * f + 2 * config.expansion * f * f
+    return 2 * config.horizon * (config.blocks * block + 2 * config.kernel * f * dim)
+
+
+def bench_denoiser(features: int, dataset: pgd.Dataset, rate: float, steps: int = 40):
+    """Rows for a training step in its scan and for guided sampling."""
+    config = pgd.Config(
+        features=features,
+        fit_batch=32,
+        fit_chunk=steps,
+        sample_steps=16,
+        trajectories=32,
+        sample_batch=32,
+    )
+    diffusion = pgd.make_diffusion(config, OBS, ACT)
+    key = jax.random.key(0)
+    state = jax.jit(diffusion.init)(key)
+    best, first = seconds(jax.jit(diffusion.fit_chunk), key, state, dataset)
+    flops = 3 * 32 * unet_flops(config) * steps
+    yield (
+        f"denoiser training step, {features} features, batch 32",
+        best / steps,
+        first,
+        flops / best / rate,
+    )
+
+    agent = agents.td3_bc()
+    agent_state = agent.init(key, OBS, ACT)
+    for name, guidance, denoised in (
+        ("unguided", 0.0, False), ("guided", 1.0, False), ("guided, denoised", 1.0, True)
+    ):  # fmt: skip
+        c = dataclasses.replace(config, guidance=guidance, guidance_denoised=denoised)
+        diffusion = pgd.make_diffusion(c, OBS, ACT)
+
+        @jax.jit
+        def generate(key, state, agent_state, dataset, diffusion=diffusion):
+            log_prob = lambda obs, action: agent.log_prob(agent_state, obs, action)
+            return diffusion.generate(key, state, log_prob, 1.0, dataset)
+
+        best, first = seconds(generate, key, state, agent_state, dataset)
+        calls = 2 * c.sample_steps - 1 + (c.sample_steps if guidance and denoised else 0)
+        flops = 32 * calls * unet_flops(c)
+        yield (
+            f"Heun step of 32 trajectories, {features} features, {name}",
+            best / c.sample_steps, first, flops / best / rate,
+        )  # fmt: skip
+
+
+def mlp_flops(inputs: int, outputs: int, batch: int = 256, hidden: int = 256) -> float:
+    """Of one forward pass."""
+    return 2 * batch * (inputs * hidden + hidden * hidden + hidden * outputs)
+
+
+def bench_agents(dataset: pgd.Dataset, rate: float, updates: int = 200):
+    """Rows for agent updates in their scan, batches drawn from the log."""
+    critic, actor, value = mlp_flops(OBS + ACT, 1), mlp_flops(OBS, ACT), mlp_flops(OBS, 1)
+    flops = {  # a forward pass is 1, with its gradient 3, with that of its input alone 2
+        "bc": 3 * actor,
+        "td3_bc": 2 * (actor + 2 * critic + 6 * critic) + 3 * actor + 2 * critic,
+        "iql": 2 * critic + 3 * value + value + 3 * actor + value + 6 * critic,
+    }
+    for name, flop in flops.items():
+        agent = agents.make_agent(name)
+        n = agent.batches_per_update
+
+        @jax.jit
+        def run(key, state, dataset, agent=agent, n=n):
+            def step(state, key):
+                key_batch, key_agent = jax.random.split(key)
+                return agent.update(key_agent, state, pgd.sample_real(key_batch, dataset, n * 256))
+
+            state, metrics = jax.lax.scan(step, state, jax.random.split(key, updates))
+            return state, jax.tree.map(jnp.mean, metrics)
+
+        key = jax.random.key(0)
+        best, first = seconds(run, key, agent.init(key, OBS, ACT), dataset)
+        per_unit = best / updates / n
+        what = ", per critic update and half an actor update" if name == "td3_bc" else ""
+        yield f"{name} update, batch 256{what}", per_unit, first, flop * updates / best / rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--features", type=int, nargs="*", default=[64, 96, 128])
+    parser.add_argument("--json", help="write the table here too")
+    args = parser.parse_args()
+    rate = matmul_rate()
+    device = jax.devices()[0].device_kind
+    print(f"{device}: matmul {rate / 1e9:.0f} GFLOP/s\n", file=sys.stderr)
+    print(f"| {'what':<75} | {'ms':>8} | {'per s':>7} | first call, s | of matmul |")
+    print(f"|{'-' * 77}|{'-' * 10}|{'-' * 9}|{'-' * 15}|{'-' * 11}|")
+    dataset, rows = random_dataset(pgd.Config()), []
+
+    def show(row):
+        name, time_, first, ratio = row
+        rows.append({"what": name, "ms": time_ * 1e3, "first_call_s": first, "of_matmul": ratio})
+        numbers = f"{time_ * 1e3:>8.2f} | {1 / time_:>7.0f} | {first:>13.1f} | {ratio:>8.0%} "
+        print(f"| {name:<75} | {numbers} |", flush=True)
+
+    for row in bench_agents(dataset, rate):
+        show(row)
+    for features in args.features:
+        for row in bench_denoiser(features, dataset, rate):
+            show(row)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\npeak resident memory with a log of {LOG_SIZE:,} steps: {peak:.0f} MB")
+    if args.json:
+        report = {"device": device, "matmul_gflops": rate / 1e9, "peak_mb": peak, "rows": rows}
+        runs.write_json(runs.Path(args.json), report | {"versions": runs.versions()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Everything here runs on CPU, offline, with caches in a temporary folder."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["PGD_CACHE"] = tempfile.mkdtemp(prefix="pgd-cache-")
+os.environ["D4RL_DATASET_DIR"] = tempfile.mkdtemp(prefix="pgd-d4rl-")
+os.environ["MPLBACKEND"] = "Agg"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "data"
+
+
+def real_log(name: str) -> Path:
+    """A published log nobody here made; tests that need it are skipped where it is absent."""
+    path = REAL / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return path
+
+
+def toy_log(episodes=12, length=40, obs_dim=3, act_dim=2, seed=0):
+    """A linear system under random actions; every third episode ends in a terminal, the others in a
+    time-out."""
+    rng = np.random.default_rng(seed)
+    log = {k: [] for k in ("observations", "actions", "rewards", "terminals", "timeouts")}
+    for e in range(episodes):
+        x = rng.normal(size=obs_dim)
+        for t in range(length):
+            a = np.tanh(rng.normal(size=act_dim))
+            last = t == length - 1
+            row = (x, a, x.sum() - (a**2).sum(), last and e % 3 == 0, last and e % 3 != 0)
+            for k, v in zip(log, row):
+                log[k].append(v)
+            x = 0.9 * x + 0.3 * a.sum() + 0.05 * rng.normal(size=obs_dim)
+    out = {k: np.array(v, np.float32) for k, v in log.items()}
+    return out | {k: out[k].astype(bool) for k in ("terminals", "timeouts")}
+
+
+@pytest.fixture
+def log():
+    return toy_log()

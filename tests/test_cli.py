@@ -1,0 +1,258 @@
+"""The command line as its users see it: one finished run, one killed and resumed, many mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT, real_log, toy_log
+
+import data
+import pgd
+
+TINY = (
+    "--features 16 --blocks 1 --fit-steps 40 --fit-chunk 10 --fit-batch 16 --sample-steps 4 "
+    "--rounds 3 --updates 10 --trajectories 16 --sample-batch 16 --eval-episodes 2"
+).split()
+
+
+def pgd_command(*args):
+    return [sys.executable, str(ROOT / "pgd.py"), *map(str, args)]
+
+
+def call(*args, **kw):
+    return subprocess.run(pgd_command(*args), capture_output=True, text=True, **kw)
+
+
+@pytest.fixture(scope="module")
+def toy_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("logs") / "toy.hdf5"
+    data.write_hdf5(path, toy_log(episodes=20), {})
+    return path
+
+
+def finals(folder):
+    final = json.loads((folder / "final.json").read_text())
+    final.pop("wall_seconds")
+    return final
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The smoke preset, start to end."""
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    done = call("--preset", "smoke", "--num-seeds", 2, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_leaves_its_folder_and_prints_its_table(finished):
+    folder, done = finished
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert names == {
+        "config.json", "metrics.csv", "curve.png", "final.json", "checkpoint/state.npz"
+    }  # fmt: skip
+    final = json.loads((folder / "final.json").read_text())
+    assert final["env"] == "pendulum-medium" and final["agent"] == "td3_bc"
+    assert final["synthetic"] == "diffusion" and final["seeds"] == [0, 1]
+    assert len(final["returns"]) == len(final["scores"]) == 2
+    assert final["mean"] == pytest.approx(np.mean(final["scores"]))
+    assert final["ci95"][0] < final["mean"] < final["ci95"][1]
+    assert "policies/pendulum-medium.npz" in final["source"]
+    assert set(final["wall_seconds"]) >= {"load", "fit", "rounds"}
+    low, high = data.resolve("pendulum-medium").reference
+    expected = [100 * (r - low) / (high - low) for r in final["returns"]]
+    np.testing.assert_allclose(final["scores"], expected, atol=1e-3)
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert len(rows) == 1 + 2 * config["rounds"]
+    for shown in ("seed 0", "seed 1", "behaviour", "95 % interval", final["source"], str(folder)):
+        assert shown in done.stdout
+
+
+def test_fused_equals_chunks(toy_file, tmp_path):
+    for name, extra in (("chunks", ()), ("fused", ("--fused",))):
+        done = call("--dataset-path", toy_file, *TINY, "--out", tmp_path / name, *extra)
+        assert done.returncode == 0, done.stderr
+    chunks, fused = finals(tmp_path / "chunks"), finals(tmp_path / "fused")
+    assert chunks.keys() == fused.keys()
+    for key in ("validation_loss", "log_prob_synthetic", "log_prob_real"):
+        assert chunks[key] == pytest.approx(fused[key], rel=1e-3)
+
+
+def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path):
+    args = ("--env", "pendulum-medium", *TINY)
+    whole = call(*args, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    folder, env = tmp_path / "killed", os.environ | {"PGD_SAVE_EVERY": "0"}
+    process = subprocess.Popen(
+        pgd_command(*args, "--out", folder),
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (folder / "metrics.csv").exists():  # the first round is done
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "final.json").exists()
+    resumed = call("--resume", folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert finals(folder) == finals(tmp_path / "whole")
+    assert (folder / "metrics.csv").read_bytes() == (
+        tmp_path / "whole" / "metrics.csv"
+    ).read_bytes()
+    assert not list(folder.rglob("*.part"))
+
+
+def test_halfcheetah_judges_a_published_log_on_the_host(tmp_path):
+    log = real_log("safety-halfcheetah-train.hdf5")
+    done = call(
+        "--dataset-path", log, "--env", "halfcheetah-medium", *TINY, "--num-seeds", 2,
+        "--rounds", 1, "--out", tmp_path / "r",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    final = finals(tmp_path / "r")
+    assert final["env"] == "safety-halfcheetah-train"
+    assert final["source"] == "file safety-halfcheetah-train.hdf5"
+    assert final["behaviour_return"] == pytest.approx(1769, abs=1)
+    assert all(-1000 < r < 1000 for r in final["returns"])
+
+
+def test_a_log_without_a_simulator_reports_losses_and_likelihoods(tmp_path):
+    log = real_log("simglucose.hdf5")
+    done = call("--dataset-path", log, "--agent", "iql", *TINY, "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    final = finals(tmp_path / "r")
+    assert final["returns"] == [] and final["mean"] is None
+    for key in ("validation_loss", "log_prob_synthetic", "log_prob_real"):
+        assert np.isfinite(final[key])
+
+
+# --- Mistakes: one line on standard error, status 2, nothing left behind ---
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--env", "pendulum-medum"], "did you mean pendulum-medium"),
+        (["--env", "hopper-medium", "--source", "d4rl"], "cannot be reached"),
+        (["--dataset-path", "nowhere.hdf5"], "there is no file nowhere.hdf5"),
+        (["--dataset-path", "empty.hdf5"], "empty"),
+        (["--dataset-path", "text.hdf5"], "cannot be read as HDF5"),
+        (["--dataset-path", "toy.hdf5", "--horizon", "64"], "0 windows of 64 steps"),
+        (["--dataset-path", "toy.hdf5", "--batch-size", "4096"], "larger than the log"),
+        (["--dataset-path", "toy.hdf5", "--env", "halfcheetah-medium"], "3 observations"),
+        (["--dataset-path", "toy.hdf5", "--agent", "td3"], "there is no agent 'td3'"),
+        (["--dataset-path", "toy.hdf5", "--kernel", "4"], "--kernel must be odd"),
+        (["--dataset-path", "toy.hdf5", "--trajectories", "100"], "multiple of --sample-batch"),
+        (["--resume", "nowhere"], "there is no run in nowhere"),
+        (["--resume", "nowhere", "--seed", "3"], "--resume takes no other flags"),
+    ],
+)
+def test_mistakes_are_one_clear_line(args, message, tmp_path, toy_file, monkeypatch, capsys):
+    (tmp_path / "empty.hdf5").write_bytes(b"")
+    (tmp_path / "text.hdf5").write_text("observations, actions\n1, 2\n")
+    (tmp_path / "toy.hdf5").symlink_to(toy_file)
+    monkeypatch.chdir(tmp_path)
+    refuse = lambda *a, **k: (_ for _ in ()).throw(OSError("no network in tests"))
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as e:
+        pgd.main(args)
+    assert e.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "" and message in said.err
+    assert said.err.startswith("pgd.py: ") and said.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_unknown_flag_is_refused_with_status_2():
+    done = call("--envv", "pendulum-medium")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "--env" in done.stderr
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_half_file(
+    tmp_path, toy_file, monkeypatch, capsys
+):
+    import runs
+
+    def full(*args, **kw):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.np, "savez", full)
+    with pytest.raises(SystemExit) as e:
+        pgd.main(["--dataset-path", str(toy_file), *TINY, "--out", str(tmp_path / "r")])
+    assert e.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list((tmp_path / "r").rglob("*.part"))
+
+
+def test_a_run_does_not_overwrite_another(finished, capsys):
+    folder, _ = finished
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit):
+        pgd.main(["--preset", "smoke", "--out", str(folder)])
+    assert "already holds a run" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_resumed_run_refuses_another_log(tmp_path, capsys):
+    path = tmp_path / "log.hdf5"
+    data.write_hdf5(path, toy_log(seed=0), {})
+    args = ["--dataset-path", str(path), *TINY, "--batch-size", "64", "--rounds", "1"]
+    pgd.main([*args, "--out", str(tmp_path / "r")])
+    with h5py.File(path, "r+") as f:
+        f["rewards"][3] = 7.0
+    with pytest.raises(SystemExit):
+        pgd.main(["--resume", str(tmp_path / "r")])
+    assert "was trained on another log" in capsys.readouterr().err
+
+
+# --- Copied away ---
+
+USER_CODE = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from types import SimpleNamespace
+import pgd
+
+def init(key, obs_dim, act_dim):
+    return 0.1 * jax.random.normal(key, (obs_dim, act_dim))
+def log_prob(w, obs, action):
+    return -0.5 * jnp.sum((action - jnp.tanh(obs @ w)) ** 2, axis=-1)
+def update(key, w, batch):
+    loss, g = jax.value_and_grad(lambda w: -jnp.mean(log_prob(w, batch.obs, batch.action)))(w)
+    return w - 0.3 * g, {"loss": loss}
+agent = SimpleNamespace(init=init, update=update, log_prob=log_prob, act=lambda w, obs: jnp.tanh(obs
+@ w))
+
+rng = np.random.default_rng(0)
+obs = rng.normal(size=(2000, 3))
+log = dict(observations=obs, actions=np.tanh(obs[:, :2]), rewards=obs[:, 0],
+           terminals=np.zeros(2000, bool), timeouts=np.arange(2000) % 50 == 49)
+config = pgd.Config(horizon=8, features=16, blocks=1, fit_steps=200, fit_batch=32, sample_steps=8,
+                    rounds=3, updates=50, batch_size=32, trajectories=64, sample_batch=64)
+dataset = pgd.make_dataset(log, config)
+generator = pgd.make_diffusion(config, dataset.obs_dim, dataset.act_dim)
+trainer = pgd.make_train(config, agent, generator, dataset.obs_dim, dataset.act_dim)
+_, state, metrics, _ = jax.jit(trainer.train)(jax.random.key(0), dataset)
+print(state.buffer.obs.shape, float(metrics["loss"][0]), float(metrics["loss"][-1]))
+assert state.buffer.obs.shape == (1, 512, 3)
+assert metrics["loss"][-1] < 0.8 * metrics["loss"][0]
+"""
+
+
+def test_a_copied_pgd_trains_and_samples_alone_with_the_users_own_agent(tmp_path):
+    (tmp_path / "pgd.py").write_text((ROOT / "pgd.py").read_text())
+    (tmp_path / "mine.py").write_text(USER_CODE)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "mine.py"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,238 @@
+"""Preconditioning, loss, schedule, sampler and network against closed forms."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pgd
+
+MU, S = 0.7, 0.5  # a Gaussian log with mean MU and standard deviation S
+
+
+def gaussian_denoiser(x, sigma):
+    """The exact E[x0 | x] for data N(MU, S^2)."""
+    return (S**2 * x + sigma**2 * MU) / (S**2 + sigma**2)
+
+
+def shaken(params):
+    """No layer at its zero initialisation."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def test_schedule_runs_from_sigma_max_to_sigma_min_then_zero():
+    config = pgd.Config(sample_steps=18)
+    sigmas = np.asarray(pgd.noise_levels(config))
+    i = np.arange(18)
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    expected = (high + i / 17 * (low - high)) ** 7  # EDM equation 5
+    np.testing.assert_allclose(sigmas[:-1], expected, rtol=1e-4)
+    assert sigmas[-1] == 0 and len(sigmas) == 19
+
+
+def test_preconditioned_zero_network_is_the_exact_denoiser_of_unit_gaussian_data():
+    denoiser = pgd.precondition(lambda x, c_noise: jnp.zeros_like(x))
+    x = jax.random.normal(jax.random.key(0), (5, 4, 3))
+    sigma = jnp.array([0.01, 0.1, 1.0, 10.0, 80.0])
+    np.testing.assert_allclose(denoiser(x, sigma), x / (1 + sigma[:, None, None] ** 2), rtol=1e-6)
+
+
+def test_preconditioning_keeps_input_and_target_at_unit_variance():
+    seen = {}
+
+    def network(x, c_noise):
+        seen["x"], seen["c_noise"] = x, c_noise
+        return jnp.zeros_like(x)
+
+    key_x, key_n = jax.random.split(jax.random.key(0))
+    x0, noise = jax.random.normal(key_x, (20_000, 1, 1)), jax.random.normal(key_n, (20_000, 1, 1))
+    for s in (0.05, 1.0, 20.0):
+        sigma = jnp.full(20_000, s)
+        denoiser = pgd.precondition(network)
+        skip = denoiser(x0 + s * noise, sigma)
+        assert np.std(seen["x"]) == pytest.approx(1.0, abs=0.02)
+        np.testing.assert_allclose(seen["c_noise"], np.log(s) / 4, rtol=1e-5)
+        c_out = s / np.sqrt(s**2 + 1)
+        assert np.std((x0 - skip) / c_out) == pytest.approx(1.0, abs=0.02)
+
+
+def test_loss_of_the_exact_denoiser_of_unit_gaussian_data_is_one_at_every_noise_level():
+    key_x, key_n = jax.random.split(jax.random.key(0))
+    x, noise = jax.random.normal(key_x, (4096, 4, 3)), jax.random.normal(key_n, (4096, 4, 3))
+    denoiser = pgd.precondition(lambda x, c_noise: jnp.zeros_like(x))
+    for s in (0.02, 0.3, 5.0):
+        loss = pgd.edm_loss(denoiser, x, jnp.full(4096, s), noise)
+        assert float(loss) == pytest.approx(1.0, abs=0.03)
+
+
+def test_loss_does_not_depend_on_the_order_of_the_batch():
+    config = pgd.Config(features=16, blocks=1)
+    params = pgd.init_unet(jax.random.key(0), 4, config)
+    params = shaken(params)
+    denoiser = pgd.precondition(lambda x, c: pgd.unet(params, x, c, config))
+    key_x, key_n, key_s = jax.random.split(jax.random.key(1), 3)
+    x, noise = jax.random.normal(key_x, (8, 16, 4)), jax.random.normal(key_n, (8, 16, 4))
+    sigma = jnp.exp(jax.random.normal(key_s, (8,)))
+    order = np.random.default_rng(0).permutation(8)
+    loss = pgd.edm_loss(denoiser, x, sigma, noise)
+    permuted = pgd.edm_loss(denoiser, x[order], sigma[order], noise[order])
+    np.testing.assert_allclose(loss, permuted, rtol=1e-5)
+    other = pgd.edm_loss(denoiser, x[order], sigma, noise[order])
+    assert abs(float(loss - other)) > 1e-4  # the noise levels do matter
+
+
+def test_deterministic_sampler_solves_the_probability_flow_of_a_gaussian():
+    """Its exact solution is x(0) = MU + (x(sigma_max) - MU) * S / sqrt(S^2 + sigma_max^2)."""
+    key, shape = jax.random.key(3), (64, 4, 2)
+    sigmas = pgd.noise_levels(pgd.Config(sample_steps=128))
+    x = pgd.sample(key, gaussian_denoiser, shape, sigmas)
+    start = 80.0 * jax.random.normal(jax.random.fold_in(key, 0), shape)
+    exact = MU + (start - MU) * S / np.sqrt(S**2 + 80.0**2)
+    error = np.abs(x - exact).max()
+    assert error < 3e-3
+    coarse = pgd.sample(
+        key, gaussian_denoiser, shape, pgd.noise_levels(pgd.Config(sample_steps=32))
+    )
+    coarse_error = np.abs(coarse - exact).max()
+    assert (
+        coarse_error > 6 * error
+    )  # second order: a quarter of the steps, about 16 times the error
+
+
+@pytest.mark.parametrize("s_churn", [10.0, 80.0])
+def test_stochastic_sampler_has_the_moments_of_a_gaussian(s_churn):
+    sigmas = pgd.noise_levels(pgd.Config(sample_steps=128))
+    churn = (s_churn, 0.05, 50.0, 1.0)
+    sampler = jax.jit(
+        lambda k: pgd.sample(k, gaussian_denoiser, (20_000, 1, 1), sigmas, None, churn)
+    )
+    x = np.asarray(sampler(jax.random.key(0)))
+    assert x.mean() == pytest.approx(MU, abs=0.02)
+    assert x.std() == pytest.approx(S, rel=0.03)
+    still = pgd.sample(jax.random.key(0), gaussian_denoiser, (20_000, 1, 1), sigmas)
+    assert np.corrcoef(x.ravel(), np.asarray(still).ravel())[0, 1] < 0.9  # noise was added
+
+
+def test_sampler_calls_the_denoiser_2n_minus_1_times_and_never_at_zero():
+    calls = []
+
+    def denoiser(x, sigma):
+        jax.debug.callback(lambda s: calls.append(float(s)), sigma)
+        return x / (1 + sigma**2)
+
+    sigmas = pgd.noise_levels(pgd.Config(sample_steps=8))
+    jax.block_until_ready(pgd.sample(jax.random.key(0), denoiser, (2, 4, 1), sigmas))
+    jax.effects_barrier()
+    assert len(calls) == 15 and min(calls) > 0
+
+
+def test_guide_sees_every_noise_level_once_and_moves_the_sample():
+    seen = []
+
+    def guide(x, sigma, step):
+        jax.debug.callback(lambda s, n: seen.append((int(n), float(s))), sigma, step)
+        return jnp.where(step == 7, x + 3.0, x)  # at the last step, so that it can be read off
+
+    sigmas = pgd.noise_levels(pgd.Config(sample_steps=8))
+    plain = pgd.sample(jax.random.key(0), gaussian_denoiser, (4, 4, 1), sigmas)
+    moved = pgd.sample(jax.random.key(0), gaussian_denoiser, (4, 4, 1), sigmas, guide)
+    jax.effects_barrier()
+    assert [n for n, _ in sorted(seen)] == list(range(8))
+    np.testing.assert_allclose([s for _, s in sorted(seen)], sigmas[:-1], rtol=1e-6)
+    last = float(sigmas[7])
+    expected = plain + 3.0 * S**2 / (S**2 + last**2)
+    np.testing.assert_allclose(moved, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_training_approaches_the_exact_denoiser_of_a_gaussian_process(levels):
+    """Windows of an AR(1) process are N(0, C), so D(x; sigma) = C (C + sigma^2 I)^-1 x exactly."""
+    rho, horizon, n = 0.95, 16, 20_000
+    rng = np.random.default_rng(0)
+    z = np.empty(n, np.float32)
+    z[0] = rng.normal()
+    for t in range(1, n):
+        z[t] = rho * z[t - 1] + np.sqrt(1 - rho**2) * rng.normal()
+    ends = np.arange(n) % 200 == 199
+    log = {
+        "observations": z[:, None],
+        "actions": np.tanh(rng.normal(size=(n, 1))),
+        "rewards": z,
+        "terminals": np.zeros(n, bool),
+        "timeouts": ends,
+    }
+    config = pgd.Config(
+        horizon=horizon,
+        features=32,
+        levels=levels,
+        blocks=2,
+        fit_steps=400,
+        fit_chunk=400,
+        fit_batch=64,
+    )
+    dataset = pgd.make_dataset(log, config)
+    diffusion = pgd.make_diffusion(config, 1, 1)
+    state = diffusion.init(jax.random.key(0))
+    trained, _ = jax.jit(diffusion.fit_chunk)(jax.random.key(0), state, dataset)
+
+    cov = rho ** np.abs(np.arange(horizon)[:, None] - np.arange(horizon))
+    x0 = pgd.sample_windows(jax.random.key(5), dataset, dataset.val_starts, 256, horizon)
+    for sigma in (0.2, 1.0):
+        noisy = x0 + sigma * jax.random.normal(jax.random.key(6), x0.shape)
+        # observation and reward are two noisy looks at the same process: their mean has half the
+        # noise
+        both = (noisy[..., 0] + noisy[..., 2]) / 2
+        exact = both @ (cov @ np.linalg.inv(cov + sigma**2 / 2 * np.eye(horizon))).T
+        error = []
+        for params in (state.params, trained.ema):
+            denoiser = pgd.precondition(lambda x, c, p=params: pgd.unet(p, x, c, config))
+            error.append(np.mean((denoiser(noisy, jnp.full(256, sigma))[..., 0] - exact) ** 2))
+        assert error[1] < 0.1 * error[0], (sigma, error)
+
+
+def test_convolution_and_its_gradients_equal_lax_conv():
+    x = jax.random.normal(jax.random.key(0), (2, 9, 4))
+    w = jax.random.normal(jax.random.key(1), (5, 4, 3))
+
+    def reference(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    def ours(x, w):
+        return pgd.convolve(x, w.reshape(20, 3), 5)
+
+    np.testing.assert_allclose(ours(x, w), reference(x, w), atol=1e-4)
+    grads = [
+        jax.grad(lambda x, w, f=f: jnp.sum(jnp.sin(f(x, w))), (0, 1))(x, w)
+        for f in (ours, reference)
+    ]
+    for a, b in zip(*grads):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_group_norm_standardises_each_group_over_time_and_channels():
+    x = 3.0 + 2.0 * jax.random.normal(jax.random.key(0), (2, 10, 8))
+    y = np.asarray(pgd.group_norm(x, 4)).reshape(2, 10, 4, 2)
+    np.testing.assert_allclose(y.mean((1, 3)), 0.0, atol=1e-5)
+    np.testing.assert_allclose(y.std((1, 3)), 1.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_network_takes_any_leading_axes_and_one_or_many_noise_levels(levels):
+    config = dataclasses.replace(pgd.Config(), features=16, levels=levels, blocks=1)
+    params = pgd.init_unet(jax.random.key(0), 5, config)
+    params = shaken(params)
+    x = jax.random.normal(jax.random.key(1), (3, 16, 5))
+    many = pgd.unet(params, x, jnp.full(3, 0.3), config)
+    one = pgd.unet(params, x, jnp.float32(0.3), config)
+    single = jnp.stack([pgd.unet(params, xi, jnp.float32(0.3), config) for xi in x])
+    np.testing.assert_allclose(many, one, atol=1e-5)
+    np.testing.assert_allclose(many, single, atol=1e-5)  # no trajectory sees another
+    other = pgd.unet(params, x, jnp.full(3, 0.9), config)
+    assert np.abs(many - other).max() > 1e-4
