@@ -311,10 +311,11 @@ def download(entry: Entry) -> tuple[Path, str]:
     """
     path, row = d4rl_path(entry), entry.d4rl
     size, sha256 = int(row["bytes"] or 0), row["sha256"]
+    verified = "SHA-256 verified" if sha256 else "no hash known"
     if path.is_file():
-        if size and path.stat().st_size != size:
-            raise DataError(f"{path} has {path.stat().st_size:,} bytes, not {size:,}; remove it")
-        return path, "from its cache folder"
+        if problem := _problem(path, size, sha256):
+            raise DataError(f"{path} is not D4RL's file: {problem}; remove it and run again")
+        return path, verified
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -324,20 +325,25 @@ def download(entry: Entry) -> tuple[Path, str]:
             raise
         reason = getattr(e, "reason", None) or e
         raise Unreachable(f"{entry.name}: D4RL's host cannot be reached ({reason})") from e
-    problem = None
-    if size and part.stat().st_size != size:
-        problem = f"{part.stat().st_size:,} bytes instead of {size:,}"
-    elif sha256 and _sha256(part) != sha256:
-        problem = "another SHA-256 than the registry's"
-    elif not _import("h5py", "h5py").is_hdf5(part):
-        problem = "no HDF5 file"
-    if problem:
+    if problem := _problem(part, size, sha256):
         part.unlink()
         raise DataError(
-            f"{row['url']} sent {problem}; nothing was kept, try again or --source collect"
+            f"{row['url']} sent a wrong file ({problem}), which was removed; try again, "
+            "or --source collect"
         )
     os.replace(part, path)
-    return path, "SHA-256 verified" if sha256 else "no hash known"
+    return path, verified
+
+
+def _problem(path: Path, size: int, sha256: str) -> str | None:
+    """What is wrong with a downloaded file, if anything."""
+    if size and path.stat().st_size != size:
+        return f"{path.stat().st_size:,} bytes instead of {size:,}"
+    if sha256 and _sha256(path) != sha256:
+        return "another SHA-256 than the registry's"
+    if not _import("h5py", "h5py").is_hdf5(path):
+        return "not HDF5"
+    return None
 
 
 def fetch(url: str, part: Path, timeout: float = 20.0) -> None:

@@ -62,7 +62,7 @@ class Config:
     # --- Denoiser ---
     features: int = 64  # channels at the first level; they double at each level below
     levels: int = 1  # levels of the U-Net; 1 is full length throughout, no pooling
-    blocks: int = 4  # residual blocks per level (and per level again on the way up)
+    blocks: int = 3  # residual blocks per level (and per level again on the way up)
     kernel: int = 3  # width of a convolution in steps
     expansion: int = 4  # width of a block's hidden layer, in units of its channels
     groups: int = 8  # groups of channels normalised together, over time
@@ -70,7 +70,7 @@ class Config:
     # --- Denoiser training ---
     fit_steps: int = 10_000  # Adam steps
     fit_chunk: int = 100  # of which between two looks at the progress
-    fit_batch: int = 64  # windows per step
+    fit_batch: int = 16  # windows per step
     fit_lr: float = 2e-3  # peak learning rate; warm-up over the first tenth, then cosine to 0
     ema: float = (
         0.9995  # decay per step of the averaged parameters, which are the ones sampled from
@@ -80,10 +80,10 @@ class Config:
 
     # --- Sampler (EDM Algorithm 2) ---
     sample_steps: int = 32  # N, noise levels; 2N - 1 denoiser calls
-    sigma_min: float = 0.002  # last noise level before 0
+    sigma_min: float = 0.01  # last noise level before 0
     sigma_max: float = 80.0  # first noise level
     rho: float = 7.0  # curvature of the schedule
-    s_churn: float = 0.0  # noise added back per trajectory; 0 is the deterministic sampler
+    s_churn: float = 80.0  # noise added back over all steps; 0 is the deterministic sampler
     s_tmin: float = 0.05  # churn only above this noise level
     s_tmax: float = 50.0  # and below this one
     s_noise: float = 1.003  # inflation of the noise added back
@@ -118,11 +118,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         sample_batch=64, eval_episodes=4,
     ),
     "laptop": dict(
-        features=96, fit_steps=16_000, fit_batch=32, rounds=10, updates=5_000, trajectories=1_024,
+        features=128, blocks=3, fit_steps=28_000, rounds=10, updates=5_000, trajectories=1_024,
     ),
     "paper": dict(
         features=1_024, levels=3, blocks=1, stride=8, fit_steps=1_000_000, fit_batch=32,
-        sample_steps=256, s_churn=80.0, rounds=100, updates=10_000, trajectories=8_192,
+        sample_steps=256, sigma_min=0.002, rounds=100, updates=10_000, trajectories=8_192,
         sample_batch=256,
     ),
 }  # fmt: skip
@@ -185,8 +185,7 @@ def window_starts(terminals, timeouts, horizon: int, stride: int = 1) -> np.ndar
     """terminals, timeouts (N,) -> first steps of windows, increasing.
 
     A window never goes on past an episode's end, and none ends on a time-out. One that ends on a
-    terminal or begins an episode is kept; of the others every stride-th. (PGD's reference, section
-    2 of METHOD.)
+    terminal or begins an episode is kept; of the others every stride-th (as PGD's reference does).
     """
     ends = np.flatnonzero(terminals | timeouts)
     firsts = np.concatenate([[0], ends[:-1] + 1])
@@ -569,12 +568,15 @@ def make_diffusion(config: Config, obs_dim: int, act_dim: int) -> Generator:
         return edm_loss(make_denoiser(params), x, sigma, jax.random.normal(key_noise, x.shape))
 
     def init(key):
-        params = init_unet(key, obs_dim + act_dim + 2, config)
+        key_init, _ = jax.random.split(key)
+        params = init_unet(key_init, obs_dim + act_dim + 2, config)
         return DenoiserState(params, params, optimiser.init(params), jnp.zeros((), jnp.int32))
 
     def fit_chunk(key, state, dataset):
+        _, key_steps = jax.random.split(key)
+
         def fit_step(state, _):
-            k = jax.random.fold_in(key, state.step)
+            k = jax.random.fold_in(key_steps, state.step)
             loss, grads = jax.value_and_grad(loss_fn)(
                 state.params, k, dataset, dataset.train_starts, config.fit_batch
             )
@@ -639,9 +641,7 @@ class Trainer(NamedTuple):
     init_rounds: Callable  # (key, gen_state, dataset) -> RoundState
     round_chunk: Callable  # (key, round_state, gen_state, dataset) -> (round_state, metrics)
     fit: Callable  # (key, dataset) -> (gen_state, metrics (num_chunks,)): every chunk of the fit
-    run_rounds: (
-        Callable  # (key, gen_state, dataset) -> (round_state, metrics (rounds,)): every round
-    )
+    run_rounds: Callable  # (key, gen_state, dataset) -> (round_state, metrics (rounds,))
     train: Callable  # (key, dataset) -> (gen_state, round_state, round_metrics, fit_metrics)
 
 
@@ -649,7 +649,7 @@ def mix(fake: Transition, real: Transition, num_batches: int) -> Transition:
     """Transitions (n * F, ...) and (n * R, ...) -> n batches of F + R, end to end."""
 
     def mix_field(f, r):
-        f, r = (x.reshape(num_batches, -1, *x.shape[1:]) for x in (f, r))
+        f, r = (x.reshape(num_batches, len(x) // num_batches, *x.shape[1:]) for x in (f, r))
         return jnp.concatenate([f, r], axis=1).reshape(-1, *f.shape[2:])
 
     return jax.tree.map(mix_field, fake, real)
@@ -657,10 +657,7 @@ def mix(fake: Transition, real: Transition, num_batches: int) -> Transition:
 
 def make_act(agent, agent_state, dataset: Dataset) -> Callable:
     """-> act: observations (..., O) to actions (..., A), both in the environment's own units."""
-    mean, std = (
-        dataset.normalizer.mean[: dataset.obs_dim],
-        dataset.normalizer.std[: dataset.obs_dim],
-    )
+    mean, std = (x[: dataset.obs_dim] for x in dataset.normalizer)
 
     def act(obs):
         action = agent.act(agent_state, (obs - mean) / std)
@@ -687,13 +684,15 @@ def make_train(
         return generator.generate(key, gen_state, log_prob, weight, dataset)
 
     def init_rounds(key, gen_state, dataset):
-        state = RoundState(agent.init(key, obs_dim, act_dim), None, jnp.zeros((), jnp.int32))
+        key_init, _ = jax.random.split(key)
+        state = RoundState(agent.init(key_init, obs_dim, act_dim), None, jnp.zeros((), jnp.int32))
         made = jax.eval_shape(generate, key, state, gen_state, dataset)
         empty = jax.tree.map(lambda x: jnp.zeros((config.buffer_rounds, *x.shape), x.dtype), made)
         return state._replace(buffer=empty)
 
     def round_chunk(key, state, gen_state, dataset):
-        keys = jax.random.split(jax.random.fold_in(key, state.round), 4)
+        _, key_rounds = jax.random.split(key)
+        keys = jax.random.split(jax.random.fold_in(key_rounds, state.round), 4)
         key_generate, key_update, key_evaluate, key_probe = keys
 
         # Generate
@@ -734,8 +733,9 @@ def make_train(
         return jax.lax.scan(step, init_rounds(key, gen_state, dataset), None, config.rounds)
 
     def train(key, dataset):
-        gen_state, fit_metrics = fit(key, dataset)
-        return gen_state, *run_rounds(key, gen_state, dataset), fit_metrics
+        key_fit, key_rounds = jax.random.split(key)
+        gen_state, fit_metrics = fit(key_fit, dataset)
+        return gen_state, *run_rounds(key_rounds, gen_state, dataset), fit_metrics
 
     return Trainer(generator, init_rounds, round_chunk, fit, run_rounds, train)
 
@@ -808,7 +808,11 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     if known.resume and len(argv) > 2:
         raise UserError("--resume takes no other flags: a run goes on under its own settings")
     small = known.env.startswith(tuple(small_tasks)) and not known.dataset_path
-    preset = "default-large" if known.preset == "default" and not small else known.preset
+    preset = known.preset
+    if preset == "default" and not small:
+        preset = "default-large"
+        if jax.default_backend() == "cpu":
+            print("note: sized for a GPU; on this CPU, --preset laptop", file=sys.stderr)
     start = dataclasses.replace(Config(), **PRESETS.get(preset, {}))
     return tyro.cli(Config, args=argv, default=start, description=__doc__)
 
@@ -866,8 +870,10 @@ def build(config: Config) -> Session:
     evaluate = data.evaluator_in_program(task.simulator, config.eval_episodes)
     trainer = make_train(config, agent, make_generator(config, *dims), *dims, evaluate)
     trainer = vmap_seeds(trainer, config.shared_denoiser)
-    keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
-    fit_key = jax.random.key(0) if config.shared_denoiser else keys
+    seeds = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
+    fit_key, keys = jax.vmap(jax.random.split, out_axes=1)(seeds)  # as in Trainer.train
+    if config.shared_denoiser:
+        fit_key, _ = jax.random.split(jax.random.key(0))
     host_evaluate = None
     if evaluate is None and task.simulator:
         host_evaluate = make_host_evaluate(config, task.simulator, agent, dataset)

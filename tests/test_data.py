@@ -104,17 +104,15 @@ def test_real_transitions_are_steps_of_the_log_and_their_successors(log):
     dataset = pgd.make_dataset(log, pgd.Config(horizon=8, fit_batch=8, batch_size=8))
     batch = pgd.sample_real(jax.random.key(0), dataset, 4000)
     mean, std = (np.asarray(x[:3]) for x in dataset.normalizer)
-    index = {tuple(np.round(o, 3)): i for i, o in enumerate(log["observations"])}
-    found = set()
-    for obs, next_obs, reward, done in zip(batch.obs, batch.next_obs, batch.reward, batch.done):
-        i = index[tuple(np.round(obs * std + mean, 3))]
-        found.add(i)
-        assert not log["timeouts"][i]  # its successor is unknown
-        assert done == log["terminals"][i]
-        np.testing.assert_allclose(reward, log["rewards"][i], atol=1e-4)
-        if not done:
-            np.testing.assert_allclose(next_obs * std + mean, log["observations"][i + 1], atol=1e-4)
-    assert log["terminals"][sorted(found)].sum() == 4  # and every terminal is there
+    obs, next_obs = (np.asarray(x) * std + mean for x in (batch.obs, batch.next_obs))
+    i = np.abs(obs[:, None] - log["observations"]).sum(-1).argmin(1)
+    np.testing.assert_allclose(obs, log["observations"][i], atol=1e-4)
+    assert not log["timeouts"][i].any()  # their successors are unknown
+    np.testing.assert_array_equal(batch.done, log["terminals"][i])
+    np.testing.assert_allclose(batch.reward, log["rewards"][i], atol=1e-4)
+    going = ~log["terminals"][i]
+    np.testing.assert_allclose(next_obs[going], log["observations"][i[going] + 1], atol=1e-4)
+    assert len(np.unique(i)) == 480 - 8  # every other step is drawn, the 4 terminals among them
 
 
 def test_held_out_windows_share_no_step_with_the_training_windows(log):
@@ -133,7 +131,7 @@ def test_a_trajectorys_last_step_counts_only_as_a_terminal(log):
     dataset = pgd.make_dataset(log, pgd.Config(horizon=8, fit_batch=8, batch_size=8))
     terminal = int(np.flatnonzero(log["terminals"])[0])
     windows = np.stack([dataset.steps[terminal - 7 : terminal + 1], dataset.steps[:8]])
-    t = pgd.trajectories_to_transitions(dataset, windows)
+    t = pgd.trajectories_to_transitions(dataset, jax.numpy.asarray(windows))
     assert t.reward.shape == (16,)
     assert t.done.tolist() == [0] * 7 + [1] + [0] * 8
     np.testing.assert_allclose(t.obs[7], dataset.steps[terminal, :3], atol=1e-6)
@@ -254,7 +252,7 @@ def test_names_with_and_without_version_and_the_nearest_for_a_typo():
 
 def test_every_registry_name_resolves():
     entries = data.registry().values()
-    assert sum(e.d4rl is not None for e in entries) == 48
+    assert sum(e.d4rl is not None for e in entries) == 50
     assert all(e.reference[0] < e.reference[1] for e in entries if e.reference)
 
 
@@ -280,7 +278,8 @@ def test_collected_streams_follow_each_other_within_episodes(task):
     data.check_log(log, "log")
     ends = log["terminals"] | log["timeouts"]
     inner = np.flatnonzero(~ends[:-1])
-    np.testing.assert_array_equal(log["next_observations"][inner], log["observations"][inner + 1])
+    follows = np.abs(log["next_observations"][inner] - log["observations"][inner + 1])
+    assert follows.max() < 1e-5  # two compiled outputs of one gymnax step may differ in the last bit
     assert ends[[599, 1199, 1799, 2399]].all()  # where the four streams stop
     broken = np.flatnonzero(ends[:-1])
     assert not np.any(
@@ -357,6 +356,9 @@ def test_a_download_is_verified_and_kept(served):
     assert [p.name for p in path.parent.iterdir()] == ["toy.hdf5"]
     data.download(entry)
     assert handler.ranges == [0]  # the second time nothing is fetched
+    path.write_bytes(content[:-1] + b"x")
+    with pytest.raises(data.DataError, match="another SHA-256"):
+        data.download(entry)
 
 
 def test_a_broken_download_goes_on_where_it_stopped(served):

@@ -26,7 +26,7 @@ def shaken(params):
 
 
 def test_schedule_runs_from_sigma_max_to_sigma_min_then_zero():
-    config = pgd.Config(sample_steps=18)
+    config = pgd.Config(sample_steps=18, sigma_min=0.002)
     sigmas = np.asarray(pgd.noise_levels(config))
     i = np.arange(18)
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)

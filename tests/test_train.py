@@ -39,14 +39,15 @@ def assert_close(a, b, tol=1e-4):
 @pytest.mark.parametrize("synthetic", ["diffusion", "none"])
 def test_chunks_equal_the_whole(synthetic):
     trainer, dataset = make(dataclasses.replace(CONFIG, synthetic=synthetic))
-    key = jax.random.key(5)
-    gen_whole, state_whole, metrics_whole, _ = jax.jit(trainer.train)(key, dataset)
-    gen = trainer.generator.init(key)
+    key_fit, key_rounds = jax.random.split(jax.random.key(5))
+    whole = jax.jit(trainer.train)(jax.random.key(5), dataset)
+    gen_whole, state_whole, metrics_whole, _ = whole
+    gen = trainer.generator.init(key_fit)
     for _ in range(trainer.generator.num_chunks):
-        gen, _ = jax.jit(trainer.generator.fit_chunk)(key, gen, dataset)
-    state, returns = trainer.init_rounds(key, gen, dataset), []
+        gen, _ = jax.jit(trainer.generator.fit_chunk)(key_fit, gen, dataset)
+    state, returns = trainer.init_rounds(key_rounds, gen, dataset), []
     for _ in range(CONFIG.rounds):
-        state, metrics = jax.jit(trainer.round_chunk)(key, state, gen, dataset)
+        state, metrics = jax.jit(trainer.round_chunk)(key_rounds, state, gen, dataset)
         returns.append(metrics["return"])
     assert_close(gen_whole, gen)
     assert_close(state_whole, state)
@@ -142,7 +143,7 @@ def test_batches_mix_synthetic_and_real_in_the_stated_numbers(synthetic, real_sh
 )
 def test_a_denoiser_learns_each_real_log(name):
     task = data.load(path=str(real_log(name)))
-    config = pgd.Config(features=32, blocks=1, fit_steps=150, fit_chunk=150, fit_batch=32)
+    config = pgd.Config(features=32, blocks=1, fit_steps=300, fit_chunk=300)
     dataset = pgd.make_dataset(task.log, config, task.action_low, task.action_high)
     diffusion = pgd.make_diffusion(config, dataset.obs_dim, dataset.act_dim)
     state = diffusion.init(jax.random.key(0))
@@ -150,4 +151,4 @@ def test_a_denoiser_learns_each_real_log(name):
     before = float(validate(state, dataset)["validation_loss"])
     state, _ = jax.jit(diffusion.fit_chunk)(jax.random.key(0), state, dataset)
     after = float(validate(state, dataset)["validation_loss"])
-    assert after < 0.85 * before < 2.0
+    assert after < before - 0.1 < 1.0  # an untrained network is a denoiser of white noise: 1
