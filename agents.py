@@ -192,12 +192,14 @@ def td3_bc(
             actor, actor, optimiser.init(actor), critic, critic, optimiser.init(critic)
         )
 
-    def critic_loss(critic, key, state, batch):
+    def critic_target(key, state, batch):
         noise = policy_noise * jax.random.normal(key, batch.action.shape)
         noise = jnp.clip(noise, -noise_clip, noise_clip)
         next_action = jnp.clip(pi(state.actor_target, batch.next_obs) + noise, -1.0, 1.0)
         next_q = jnp.min(critics(state.critic_target, batch.next_obs, next_action), axis=0)
-        target = batch.reward + gamma * (1.0 - batch.done) * next_q
+        return batch.reward + gamma * (1.0 - batch.done) * next_q
+
+    def critic_loss(critic, target, batch):
         q = critics(critic, batch.obs, batch.action)
         loss = jnp.sum(jnp.mean((q - target) ** 2, axis=-1))
         return loss, {"critic_loss": loss, "q": jnp.mean(q)}
@@ -215,12 +217,13 @@ def td3_bc(
     actor_step = make_step(optimiser, actor_loss)
 
     def update(key, state, batch):
-        # (n * B, ...) -> n batches of (B, ...)
-        batches = jax.tree.map(lambda x: x.reshape(critic_updates, -1, *x.shape[1:]), batch)
+        # The target networks stand still meanwhile, so all targets are made at once
+        rows = (critic_target(key, state, batch), batch)
+        split = jax.tree.map(lambda x: x.reshape(critic_updates, -1, *x.shape[1:]), rows)
         critic, critic_opt = state.critic, state.critic_opt
-        for i, k in enumerate(jax.random.split(key, critic_updates)):
-            part = jax.tree.map(lambda x: x[i], batches)
-            critic, critic_opt, critic_metrics = critic_step(critic, critic_opt, k, state, part)
+        for i in range(critic_updates):
+            target, part = jax.tree.map(lambda x: x[i], split)
+            critic, critic_opt, critic_metrics = critic_step(critic, critic_opt, target, part)
         actor, actor_opt, actor_metrics = actor_step(state.actor, state.actor_opt, critic, part)
         state = TD3BCState(
             actor,
