@@ -140,13 +140,9 @@ class Entry(NamedTuple):
     policy: str | None  # re-collectable: "random", or the name of a file in policies/
 
 
-# Mean returns of a uniformly random policy and of SAC at its best, 1,000 episodes each, by
-# `python data.py measure TASK`; they score 0 and 100.
-GYMNAX_REFERENCE = {
-    "pendulum": (-1230.0, -150.0),
-    "reacher": (10.0, 90.0),
-    "mountaincar-continuous": (-33.0, 93.0),
-}
+# Returns that score 0 and 100: the means of a uniformly random policy and of the -expert policy in
+# policies/ over 1,000 episodes, as `python data.py measure TASK` prints them.
+GYMNAX_REFERENCE = {"pendulum": (-1233.5, -167.7)}
 
 
 def registry() -> dict[str, Entry]:
@@ -166,7 +162,7 @@ def registry() -> dict[str, Entry]:
     for stem in sorted(policies):
         simulator = stem.rsplit("-", 1)[0]
         if simulator in GymnaxEnvs.IDS:
-            reference = GYMNAX_REFERENCE[simulator]
+            reference = GYMNAX_REFERENCE.get(simulator)
             known[stem] = Entry(stem, simulator, reference, None, None, stem)
     return known
 
@@ -442,9 +438,10 @@ class MujocoEnvs:
         self.obs_dim = self.envs[0].observation_space.shape[0]
 
     def reset(self, seed: int | Sequence[int]) -> np.ndarray:
-        """Start every copy afresh -> obs (num, O)."""
-        seeds = np.random.SeedSequence(seed).generate_state(self.num).tolist()
-        obs = [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)]
+        """Start every copy afresh -> obs (num, O); `seed` is one number, or one for each copy."""
+        if np.ndim(seed) == 0:
+            seed = np.random.SeedSequence(seed).generate_state(self.num)
+        obs = [env.reset(seed=int(s))[0] for env, s in zip(self.envs, seed)]
         self.obs = np.stack(obs).astype(np.float32)
         self._age = np.zeros(self.num, np.int64)
         return self.obs
@@ -668,7 +665,7 @@ def train_policy(
     """Train SAC online and save the snapshot whose mean return is nearest to `stop_at`.
 
     D4RL's recipe for its -medium logs. One update of batch 256 per environment step, replay of all
-    that was seen; every `eval_every` steps the stochastic policy plays `num_envs` episodes, and the
+    that was seen; every `eval_every` steps the stochastic policy is judged, and the
     first time that it passes `stop_at`, the nearer of this snapshot and the one before is kept.
     """
     import jax
@@ -676,7 +673,8 @@ def train_policy(
     import agents
 
     agent, batch_size = agents.sac(), 256
-    envs, judge = make_envs(task, num_envs), make_envs(task, num_envs)
+    envs = make_envs(task, num_envs)
+    judge = make_envs(task, 100 if task in GymnaxEnvs.IDS else num_envs)
     act_dim, rng = envs.low.size, np.random.default_rng(seed)
     sizes = (envs.obs_dim, act_dim, 1, envs.obs_dim, 1)
     buffer = [np.empty((max_steps + num_envs, n), np.float32) for n in sizes]
@@ -795,13 +793,15 @@ def atomic_path(path: Path):
 
 def measure(task: tyro.conf.Positional[str], episodes: int = 1000) -> None:
     """Mean undiscounted return of a random policy and of every policy shipped for `task`."""
+    if task not in {*GymnaxEnvs.IDS, *MujocoEnvs.IDS}:
+        raise DataError(f"there is no simulator for {task!r}")
     envs = make_envs(task, 100)
     for entry in registry().values():
         if entry.simulator == task and entry.policy:
             policy, described, _ = _policy(entry)
             rng = np.random.default_rng(0)
             act = lambda obs: scale_action(policy(obs, rng), envs.low, envs.high)
-            rounds = [evaluate_on_host(envs, act, (0, i)) for i in range(-(-episodes // envs.num))]
+            rounds = [evaluate_on_host(envs, act, i) for i in range(-(-episodes // envs.num))]
             returns = np.concatenate(rounds)
             print(f"{entry.name}: {returns.mean():.1f} +- {returns.std():.1f}, {described}")
 

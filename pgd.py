@@ -95,13 +95,13 @@ class Config:
     guidance_denoised: bool = True  # gradient at D(x; sigma) rather than at x; one more call a step
 
     # --- Agent loop ---
-    rounds: int = 20  # times that synthetic data is made anew with the current policy
+    rounds: int = 10  # times that synthetic data is made anew with the current policy
     updates: int = 1_000  # agent updates per round
     batch_size: int = 256  # transitions per gradient step
     real_batch: int = 16  # of which from the log
-    trajectories: int = 512  # synthetic trajectories made per round
+    trajectories: int = 256  # synthetic trajectories made per round
     sample_batch: int = 128  # of which at once
-    buffer_rounds: int = 1  # rounds of synthetic data kept; the oldest is dropped
+    buffer_rounds: int = 2  # rounds of synthetic data kept; the oldest is dropped
 
     # --- Evaluation ---
     eval_episodes: int = 10  # per seed and round
@@ -118,7 +118,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         sample_batch=64, eval_episodes=4,
     ),
     "laptop": dict(
-        features=128, blocks=3, fit_steps=28_000, rounds=10, updates=5_000, trajectories=1_024,
+        features=128, fit_steps=32_000, rounds=10, updates=5_000, trajectories=1_024,
     ),
     "paper": dict(
         features=1_024, levels=3, blocks=1, stride=8, fit_steps=1_000_000, fit_batch=32,
