@@ -118,7 +118,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         sample_batch=64, eval_episodes=4,
     ),
     "laptop": dict(
-        features=128, fit_steps=32_000, rounds=10, updates=5_000, trajectories=1_024,
+        features=128, fit_steps=32_000, rounds=8, updates=5_000, trajectories=1_024,
     ),
     "paper": dict(
         features=1_024, levels=3, blocks=1, stride=8, fit_steps=1_000_000, fit_batch=32,
