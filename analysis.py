@@ -85,7 +85,8 @@ def main() -> None:
                     curves[f"{Path(run_dir).name}, {name}, {weight:g}"] = per_step.mean(0)
                     print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     except (data.DataError, runs.RunError, pgd.UserError, OSError) as e:
-        sys.exit(f"analysis.py: {e}")
+        print(f"analysis.py: {e}", file=sys.stderr)
+        sys.exit(2)
     save(Path(args.run_dir[0]), rows, curves)
 
 

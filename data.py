@@ -841,7 +841,8 @@ def main() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(commands)
     except (DataError, OSError) as e:
-        sys.exit(f"data.py: {e}")
+        print(f"data.py: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ def test_halfcheetah_judges_a_published_log_on_the_host(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     final = finals(tmp_path / "r")
+    assert final["returns"][0] != final["returns"][1]
     assert final["env"] == "safety-halfcheetah-train"
     assert final["source"] == "file safety-halfcheetah-train.hdf5"
     assert final["behaviour_return"] == pytest.approx(1769, abs=1)

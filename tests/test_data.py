@@ -279,7 +279,9 @@ def test_collected_streams_follow_each_other_within_episodes(task):
     ends = log["terminals"] | log["timeouts"]
     inner = np.flatnonzero(~ends[:-1])
     follows = np.abs(log["next_observations"][inner] - log["observations"][inner + 1])
-    assert follows.max() < 1e-5  # two compiled outputs of one gymnax step may differ in the last bit
+    assert (
+        follows.max() < 1e-5
+    )  # two compiled outputs of one gymnax step may differ in the last bit
     assert ends[[599, 1199, 1799, 2399]].all()  # where the four streams stop
     broken = np.flatnonzero(ends[:-1])
     assert not np.any(

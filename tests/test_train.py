@@ -42,12 +42,13 @@ def test_chunks_equal_the_whole(synthetic):
     key_fit, key_rounds = jax.random.split(jax.random.key(5))
     whole = jax.jit(trainer.train)(jax.random.key(5), dataset)
     gen_whole, state_whole, metrics_whole, _ = whole
+    fit_chunk, round_chunk = jax.jit(trainer.generator.fit_chunk), jax.jit(trainer.round_chunk)
     gen = trainer.generator.init(key_fit)
     for _ in range(trainer.generator.num_chunks):
-        gen, _ = jax.jit(trainer.generator.fit_chunk)(key_fit, gen, dataset)
+        gen, _ = fit_chunk(key_fit, gen, dataset)
     state, returns = trainer.init_rounds(key_rounds, gen, dataset), []
     for _ in range(CONFIG.rounds):
-        state, metrics = jax.jit(trainer.round_chunk)(key_rounds, state, gen, dataset)
+        state, metrics = round_chunk(key_rounds, state, gen, dataset)
         returns.append(metrics["return"])
     assert_close(gen_whole, gen)
     assert_close(state_whole, state)
@@ -78,10 +79,10 @@ def test_first_round_is_unguided_and_later_ones_are_not():
     buffers = []
     for config in (CONFIG, unguided):
         trainer, dataset = make(config)
-        gen, _ = trainer.fit(jax.random.key(0), dataset)
+        gen, _ = jax.jit(trainer.fit)(jax.random.key(0), dataset)
         state = trainer.init_rounds(jax.random.key(1), gen, dataset)
         for _ in range(2):
-            state, _ = trainer.round_chunk(jax.random.key(1), state, gen, dataset)
+            state, _ = jax.jit(trainer.round_chunk)(jax.random.key(1), state, gen, dataset)
         buffers.append(np.asarray(state.buffer.action))
     np.testing.assert_allclose(buffers[0][0], buffers[1][0], atol=1e-6)
     assert np.abs(buffers[0][1] - buffers[1][1]).max() > 1e-2
@@ -89,11 +90,11 @@ def test_first_round_is_unguided_and_later_ones_are_not():
 
 def test_buffer_keeps_the_newest_rounds():
     trainer, dataset = make()
-    gen, _ = trainer.fit(jax.random.key(0), dataset)
+    gen, _ = jax.jit(trainer.fit)(jax.random.key(0), dataset)
     state = trainer.init_rounds(jax.random.key(1), gen, dataset)
     seen = []
     for _ in range(3):
-        state, _ = trainer.round_chunk(jax.random.key(1), state, gen, dataset)
+        state, _ = jax.jit(trainer.round_chunk)(jax.random.key(1), state, gen, dataset)
         seen.append(np.asarray(state.buffer.obs))
     assert np.all(seen[0][1] == 0) and np.any(seen[0][0] != 0)
     np.testing.assert_array_equal(seen[1][0], seen[0][0])
@@ -126,7 +127,7 @@ def test_batches_mix_synthetic_and_real_in_the_stated_numbers(synthetic, real_sh
     trainer, dataset = make(dataclasses.replace(CONFIG, synthetic=synthetic), Recorder())
     gen = trainer.generator.init(jax.random.key(0))
     state = trainer.init_rounds(jax.random.key(1), gen, dataset)
-    state, _ = trainer.round_chunk(jax.random.key(1), state, gen, dataset)
+    state, _ = jax.jit(trainer.round_chunk)(jax.random.key(1), state, gen, dataset)
     logged = {tuple(np.round(o, 3)) for o in np.asarray(dataset.steps[:, :3])}
     real = np.array([tuple(np.round(o, 3)) in logged for o in np.asarray(state.agent.obs)])
     assert real.reshape(2, 16).sum(1).tolist() == [real_share, real_share]
@@ -152,3 +153,17 @@ def test_a_denoiser_learns_each_real_log(name):
     state, _ = jax.jit(diffusion.fit_chunk)(jax.random.key(0), state, dataset)
     after = float(validate(state, dataset)["validation_loss"])
     assert after < before - 0.1 < 1.0  # an untrained network is a denoiser of white noise: 1
+
+
+def test_host_evaluation_of_a_seed_does_not_depend_on_its_neighbours():
+    dataset = pgd.make_dataset(toy_log(obs_dim=17, act_dim=6), CONFIG)
+    agent = agents.td3_bc(hidden=(8,))
+    states = jax.vmap(lambda k: agent.init(k, 17, 6))(jax.random.split(jax.random.key(0), 2))
+    both = dataclasses.replace(CONFIG, num_seeds=2, eval_episodes=2)
+    second = dataclasses.replace(both, seed=1, num_seeds=1)
+    returns = pgd.make_host_evaluate(both, "halfcheetah", agent, dataset)(0, states)
+    alone = pgd.make_host_evaluate(second, "halfcheetah", agent, dataset)(
+        0, jax.tree.map(lambda x: x[1:], states)
+    )
+    assert returns.shape == (2,) and abs(returns[0] - returns[1]) > 1e-3
+    np.testing.assert_allclose(returns[1], alone[0], rtol=1e-3)
