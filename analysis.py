@@ -26,12 +26,13 @@ def dynamics_error(run_dir: str, num: int = 256, weight: float = 0.0, **sampler)
 
     The run's first seed, its own sampler settings unless given otherwise; weight is the guidance.
     """
-    folder, settings, _ = runs.Run.resume(run_dir)
-    config = pgd.Config(**settings)
+    folder, config, fingerprint = runs.Run.resume(run_dir, pgd.Config)
     session = pgd.build(config)
-    if session.task.simulator not in data.MujocoEnvs.IDS:
-        raise data.DataError(f"{run_dir}: no MuJoCo simulator judges this run; name one with --env")
-    _, gen_state, state = pgd.restore(session, folder)
+    if session.task.simulator not in data.MujocoEnvs.IDS or config.synthetic != "diffusion":
+        raise runs.RunError(f"{run_dir} has no denoiser that a MuJoCo simulator could judge")
+    done, gen_state, state = pgd.restore(session, folder)
+    if done != session.trainer.generator.num_chunks or fingerprint != session.task.fingerprint:
+        raise runs.RunError(f"{run_dir} is not a finished run on the log that is here now")
     if not config.shared_denoiser:
         gen_state = jax.tree.map(lambda x: x[0], gen_state)
     sampler |= {"guidance": weight, "trajectories": num, "sample_batch": num}
@@ -78,10 +79,9 @@ def main() -> None:
                     error = dynamics_error(run_dir, args.num, weight, **SAMPLERS[name])
                     row = {"run": run_dir, "sampler": name, "guidance": weight}
                     per_step = error.mean(-1)
-                    row |= {"mean": per_step.mean(), "median": np.median(per_step)}
-                    rows.append(
-                        {k: round(v, 5) if k in row and k[0] == "m" else v for k, v in row.items()}
-                    )
+                    row["mean"] = round(float(per_step.mean()), 5)
+                    row["median"] = round(float(np.median(per_step)), 5)
+                    rows.append(row)
                     curves[f"{Path(run_dir).name}, {name}, {weight:g}"] = per_step.mean(0)
                     print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     except (data.DataError, runs.RunError, pgd.UserError, OSError) as e:

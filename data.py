@@ -15,10 +15,12 @@ import difflib
 import errno
 import functools
 import hashlib
+import http.client
 import importlib
 import json
 import os
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -51,6 +53,7 @@ class Task:
     action_low: np.ndarray  # (A,) in the environment's units
     action_high: np.ndarray
     source: str  # one line of provenance, for the table and final.json
+    kind: Literal["auto", "d4rl", "collect"]  # the `source` that gives this very log again
     simulator: str | None  # e.g. "halfcheetah"; None: returns cannot be measured
     reference: tuple[float, float] | None  # returns that score 0 and 100
 
@@ -96,11 +99,11 @@ def load(
     """
     entry = None if name is None else resolve(name)
     if path is not None:
-        log, origin = read_hdf5(Path(path)), f"file {Path(path).name}"
+        log, origin, kind = read_hdf5(Path(path)), f"file {Path(path).name}", source
     elif entry is None:
         raise DataError("name a task or give a file")
     else:
-        log, origin = _load_by_name(entry, source)
+        log, origin, kind = _load_by_name(entry, source)
     simulator = entry.simulator if entry else None
     if simulator:
         env = make_envs(simulator, 1)
@@ -126,7 +129,8 @@ def load(
                 "simulator gives their bounds: the log's own extremes are taken"
             )
     title = entry.name if path is None else Path(path).stem
-    return Task(title, log, low, high, origin, simulator, entry.reference if entry else None)
+    reference = entry.reference if entry else None
+    return Task(title, log, low, high, origin, kind, simulator, reference)
 
 
 class Entry(NamedTuple):
@@ -181,13 +185,14 @@ def resolve(name: str) -> Entry:
     return known[full]
 
 
-def _load_by_name(entry: Entry, source: str) -> tuple[dict, str]:
+def _load_by_name(entry: Entry, source: str) -> tuple[dict, str, str]:
+    """-> (log, provenance, the source that it came from)."""
     if source == "d4rl" and entry.d4rl is None:
         raise DataError(f"{entry.name} is not a D4RL task; its log is collected (--source collect)")
     if entry.d4rl and source != "collect":
         try:
             path, checked = download(entry)
-            return read_hdf5(path, limit=entry.limit), f"D4RL {entry.name} ({checked})"
+            return read_hdf5(path, limit=entry.limit), f"D4RL {entry.name} ({checked})", "d4rl"
         except Unreachable as e:
             path = d4rl_path(entry)
             ways_out = f"put {path.name} into {path.parent}, or give --dataset-path"
@@ -197,7 +202,7 @@ def _load_by_name(entry: Entry, source: str) -> tuple[dict, str]:
     if entry.policy is None:
         have = ", ".join(n for n, e in registry().items() if e.policy)
         raise DataError(f"no policy is shipped to collect {entry.name} with; there is {have}")
-    return load_collected(entry)
+    return *load_collected(entry), "collect"
 
 
 # --- HDF5 in D4RL's layout ---
@@ -225,26 +230,28 @@ def read_hdf5(path: Path, limit: int | None = None) -> dict[str, np.ndarray]:
             for key in have:
                 if f[key].dtype.kind not in "fiub":
                     raise DataError(f"{path}: {key} holds {f[key].dtype}, not numbers")
-            log = {key: _read(f[key], bool if key in KEYS[3:] else np.float32) for key in have}
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EACCES):
+                if f[key].ndim not in (1, 2):
+                    raise DataError(
+                        f"{path}: {key} has shape {f[key].shape}, it should be (N, ...)"
+                    )
+            log = {key: _read(f[key]) for key in have}
+    except (OSError, RuntimeError, KeyError) as e:
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES):
             raise
         raise DataError(f"{path} cannot be read as HDF5; it is damaged or of another kind") from e
     for key in set(KEYS[2:]) & have:
         if log[key].ndim == 2 and log[key].shape[1] == 1:
             log[key] = log[key][:, 0]
     if "timeouts" not in log:
-        log["timeouts"] = _timeouts_by_limit(log["terminals"], limit)
+        log["timeouts"] = _timeouts_by_limit(log["terminals"] != 0, limit)
         _say(f"{path.name} has no timeouts: episodes are taken to end after {limit} steps")
     check_log(log, str(path))
-    return {key: log[key] for key in KEYS}
+    return {key: log[key] if key in KEYS[:3] else log[key].astype(bool) for key in KEYS}
 
 
-def _read(dataset, dtype) -> np.ndarray:
-    """An HDF5 data set straight into one array of `dtype`."""
-    if dtype is bool:
-        return dataset[()].astype(bool)
-    out = np.empty(dataset.shape, dtype)
+def _read(dataset) -> np.ndarray:
+    """An HDF5 data set straight into one float32 array, or a bool one as it is."""
+    out = np.empty(dataset.shape, bool if dataset.dtype == bool else np.float32)
     if out.size:
         dataset.read_direct(out)
     return out
@@ -279,10 +286,14 @@ def check_log(log: dict[str, np.ndarray], where: str) -> None:
 def write_hdf5(path: Path, log: dict[str, np.ndarray], attrs: dict[str, str]) -> None:
     """A log in D4RL's layout, written whole or not at all."""
     h5py = _import("h5py", "h5py")
-    with atomic_path(path) as part, h5py.File(part, "w") as f:
-        for key, array in log.items():
-            f.create_dataset(key, data=array)
-        f.attrs.update(attrs)
+    with atomic_path(path) as part:
+        try:
+            with h5py.File(part, "w") as f:
+                for key, array in log.items():
+                    f.create_dataset(key, data=array)
+                f.attrs.update(attrs)
+        except RuntimeError as e:  # h5py's way of saying that the disk is full
+            raise OSError(f"{path} could not be written ({e})") from e
 
 
 # --- D4RL's host ---
@@ -316,8 +327,8 @@ def download(entry: Entry) -> tuple[Path, str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         fetch(row["url"], part)
-    except OSError as e:  # urllib's errors and time-outs are OSErrors too
-        if e.errno == errno.ENOSPC:
+    except (OSError, http.client.HTTPException) as e:  # urllib's errors are OSErrors too
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         reason = getattr(e, "reason", None) or e
         raise Unreachable(f"{entry.name}: D4RL's host cannot be reached ({reason})") from e
@@ -395,8 +406,14 @@ def load_collected(entry: Entry, steps: int | None = None, seed: int = 0) -> tup
     if not path.exists():
         start = time.time()
         _say(f"collecting {steps:,} steps of {entry.policy} into {path}")
-        num = 50 if entry.simulator in MujocoEnvs.IDS else 500
-        log = collect(make_envs(entry.simulator, num), policy, steps, seed)
+        most = 50 if entry.simulator in MujocoEnvs.IDS else 500
+        limit = make_envs(entry.simulator, 1).limit
+        num = min(most, max(1, steps // limit))
+        whole = (
+            -(-steps // (num * limit)) * limit * num
+        )  # streams of whole episodes, where all last
+        log = collect(make_envs(entry.simulator, num), policy, whole, seed)
+        log = {key: array[:steps] for key, array in log.items()}
         write_hdf5(path, log, {"source": origin})
         _say(f"collected in {time.time() - start:.0f} s")
     return read_hdf5(path), origin
@@ -429,7 +446,8 @@ class MujocoEnvs:
     def __init__(self, task: str, num: int):
         gymnasium = _import("gymnasium", "gymnasium[mujoco]")
         gymnasium.logger.min_level = gymnasium.logger.ERROR  # -v4 is what D4RL's logs need
-        with _quiet_stderr():  # MuJoCo 4.0 warns of an attribute in gymnasium's own model files
+        # MuJoCo 4.0 warns of an attribute in gymnasium's own model files, also into a file here
+        with _quiet_stderr(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
             made = [gymnasium.make(self.IDS[task], disable_env_checker=True) for _ in range(num)]
         self.num, self.limit = num, made[0].spec.max_episode_steps
         self.envs = [env.unwrapped for env in made]

@@ -8,16 +8,18 @@
 
 A diffusion model of whole sub-trajectories learns a fixed log; while it samples, the current policy
 pushes the sampled actions toward its own; the agent trains on the result. Copied alone into another
-project, this file needs jax, optax, chex and numpy (and tyro for the command line):
+project, this file needs jax, optax, chex and numpy:
 
-    dataset = make_dataset(log, config)                     # a dict of D4RL's five arrays
-    trainer = make_train(config, agent, dataset.obs_dim, dataset.act_dim)
+    dataset = make_dataset(log, config)                     # log: a dict of D4RL's five arrays
+    dims = dataset.obs_dim, dataset.act_dim
+    trainer = make_train(config, agent, make_diffusion(config, *dims), *dims)
     result = jax.jit(trainer.train)(jax.random.key(0), dataset)
 """
 
 import argparse
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 # --- Config ---
 
@@ -36,15 +37,11 @@ import tyro
 @dataclasses.dataclass(frozen=True)
 class Config:
     # --- Run ---
-    env: str | None = (
-        None  # task: a D4RL name (-v2 may be left out) or a gymnax one; pendulum-medium
-    )
+    env: str | None = None  # task, D4RL's name or a gymnax one; pendulum-medium if nothing is given
     dataset_path: str | None = None  # train on this HDF5 file; --env then only names the simulator
     agent: str = "td3_bc"  # algorithm in agents.py: bc, td3_bc or iql
     synthetic: Literal["diffusion", "none"] = "diffusion"  # what the agent trains on; none: the log
-    preset: Literal["default", "smoke", "laptop", "paper"] = (
-        "default"  # starting values for the rest
-    )
+    preset: Literal["default", "smoke", "laptop", "paper"] = "default"  # sets the defaults below
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds seed, seed + 1, ... in one vmapped program
     shared_denoiser: bool = True  # one denoiser (always of key 0) for all seeds, or one per seed
@@ -72,9 +69,7 @@ class Config:
     fit_chunk: int = 100  # of which between two looks at the progress
     fit_batch: int = 16  # windows per step
     fit_lr: float = 2e-3  # peak learning rate; warm-up over the first tenth, then cosine to 0
-    ema: float = (
-        0.9995  # decay per step of the averaged parameters, which are the ones sampled from
-    )
+    ema: float = 0.9995  # decay per step of the averaged parameters, the ones sampled from
     p_mean: float = -1.2  # mean of ln sigma in training (EDM Table 1)
     p_std: float = 1.2  # its standard deviation
 
@@ -360,7 +355,7 @@ def group_norm(x: chex.Array, groups: int) -> chex.Array:
     g = x.reshape(*x.shape[:-1], groups, -1)
     mean = jnp.mean(g, axis=(-3, -1), keepdims=True)
     var = jnp.mean(g**2, axis=(-3, -1), keepdims=True) - mean**2
-    return ((g - mean) * jax.lax.rsqrt(var + 1e-5)).reshape(x.shape)
+    return ((g - mean) * jax.lax.rsqrt(jnp.maximum(var, 0.0) + 1e-5)).reshape(x.shape)
 
 
 def init_block(key, c_in: int, c_out: int, config: Config) -> dict:
@@ -606,17 +601,16 @@ def make_diffusion(config: Config, obs_dim: int, act_dim: int) -> Generator:
     def validate(state, dataset):
         losses = jax.lax.map(  # the same 1,024 held-out windows and noises every time
             lambda k: loss_fn(state.ema, k, dataset, dataset.val_starts, 128),
-            jax.random.split(jax.random.key(0), 8),
+            jax.random.split(jax.random.fold_in(jax.random.key(0), 2**31 - 1), 8),
         )
         return {"validation_loss": jnp.mean(losses)}
 
     return Generator(init, fit_chunk, config.fit_steps // config.fit_chunk, generate, validate)
 
 
-def make_resampler(config: Config, obs_dim: int, act_dim: int) -> Generator:
-    """The log itself as a Generator: nothing to fit, and every round brings steps of the log."""
-    del obs_dim, act_dim
-    num = config.trajectories * config.horizon
+def make_resampler(config: Config, obs_dim: int = 0, act_dim: int = 0) -> Generator:
+    """The log itself as a Generator: nothing to fit; the agent's batches are all real."""
+    num = config.batch_size
     return Generator(
         init=lambda key: (),
         fit_chunk=lambda key, state, dataset: (state, {}),
@@ -742,11 +736,17 @@ def make_train(
     return Trainer(generator, init_rounds, round_chunk, fit, run_rounds, train)
 
 
+def seed_keys(seeds, shared_denoiser: bool):
+    """Keys of the seeds (S,) -> (key of the fit, keys of the rounds (S,)), as Trainer.train splits
+    them; a shared denoiser always has seed 0's."""
+    fit_key, keys = jax.vmap(jax.random.split, out_axes=1)(seeds)
+    return jax.random.split(jax.random.key(0))[0] if shared_denoiser else fit_key, keys
+
+
 def vmap_seeds(trainer: Trainer, shared_denoiser: bool) -> Trainer:
     """The Trainer of many seeds: keys and states gain a leading axis, the data set does not, and
-    neither does the generator's key and state if all seeds share it."""
-    generator, g = trainer.generator, None if shared_denoiser else 0
-    fit = trainer.fit
+    neither does the generator's state if all seeds share it."""
+    generator, fit, g = trainer.generator, trainer.fit, None if shared_denoiser else 0
     if not shared_denoiser:
         fit = jax.vmap(fit, in_axes=(0, None))
         generator = generator._replace(
@@ -754,22 +754,24 @@ def vmap_seeds(trainer: Trainer, shared_denoiser: bool) -> Trainer:
             fit_chunk=jax.vmap(generator.fit_chunk, in_axes=(0, 0, None)),
             validate=jax.vmap(generator.validate, in_axes=(0, None)),
         )
-    return Trainer(
-        generator,
-        jax.vmap(trainer.init_rounds, in_axes=(0, g, None)),
-        jax.vmap(trainer.round_chunk, in_axes=(0, 0, g, None)),
-        fit,
-        jax.vmap(trainer.run_rounds, in_axes=(0, g, None)),
-        jax.vmap(trainer.train, in_axes=(0, None)),
-    )
+    run_rounds = jax.vmap(trainer.run_rounds, in_axes=(0, g, None))
+
+    def train(seeds, dataset):
+        fit_key, keys = seed_keys(seeds, shared_denoiser)
+        gen_state, fit_metrics = fit(fit_key, dataset)
+        return gen_state, *run_rounds(keys, gen_state, dataset), fit_metrics
+
+    init_rounds = jax.vmap(trainer.init_rounds, in_axes=(0, g, None))
+    round_chunk = jax.vmap(trainer.round_chunk, in_axes=(0, 0, g, None))
+    return Trainer(generator, init_rounds, round_chunk, fit, run_rounds, train)
 
 
 # --- Main: one run on the host, in chunks or fused ---
 
 
 AT_LEAST_ONE = (
-    "num_seeds stride features levels blocks expansion groups fit_steps fit_chunk fit_batch rounds "
-    "updates batch_size trajectories sample_batch buffer_rounds eval_episodes"
+    "num_seeds stride features levels blocks expansion groups kernel fit_steps fit_chunk fit_batch "
+    "rounds updates batch_size trajectories sample_batch buffer_rounds eval_episodes"
 ).split()
 
 
@@ -792,7 +794,16 @@ def check_config(c: Config) -> None:
         "--real-batch must lie between 0 and --batch-size": 0 <= c.real_batch <= c.batch_size,
         "--validation must lie between 0 and 1": 0 < c.validation < 1,
         "--sigma-min must lie between 0 and --sigma-max": 0 < c.sigma_min < c.sigma_max,
+        "--rho and --p-std must be above 0": c.rho > 0 and c.p_std > 0,
+        "--fit-lr must be above 0": c.fit_lr > 0,
+        "--ema must lie between 0 and 1": 0 <= c.ema < 1,
+        "--s-churn must be at least 0": c.s_churn >= 0,
+        "--seed must be at least 0 and below 2^31": 0 <= c.seed < 2**31 - c.num_seeds,
     }
+    for name, value in dataclasses.asdict(c).items():
+        rules[f"--{name.replace('_', '-')} must be finite"] = not isinstance(
+            value, float
+        ) or np.isfinite(value)
     for message, holds in rules.items():
         if not holds:
             raise UserError(message)
@@ -801,13 +812,15 @@ def check_config(c: Config) -> None:
 def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     """Command line -> Config: Config's own values, the preset's over them, single flags over
     those."""
+    import tyro
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="default")
     parser.add_argument("--env", default=DEFAULT_ENV)
     parser.add_argument("--dataset-path", "--dataset_path")
     parser.add_argument("--resume")
-    known, _ = parser.parse_known_args(argv)
-    if known.resume and len(argv) > 2:
+    known, others = parser.parse_known_args(argv)
+    if known.resume and (others or known.dataset_path or "--env" in argv or "--preset" in argv):
         raise UserError("--resume takes no other flags: a run goes on under its own settings")
     small = known.env.startswith(tuple(small_tasks)) and not known.dataset_path
     preset = known.preset
@@ -849,8 +862,8 @@ class Session(NamedTuple):
     dataset: Dataset
     agent: Any
     trainer: Trainer  # of all seeds
-    fit_key: chex.PRNGKey  # one, or one per seed
-    keys: chex.PRNGKey  # (seeds,)
+    seeds: chex.PRNGKey  # (seeds,)
+    shared_denoiser: bool
     host_evaluate: Callable | None  # (round, agent_states) -> returns (seeds,)
 
 
@@ -860,26 +873,25 @@ def build(config: Config) -> Session:
     import data
 
     check_config(config)
-    if config.agent not in agents.AGENTS:
-        raise UserError(f"there is no agent {config.agent!r}; there is {', '.join(agents.AGENTS)}")
+    try:
+        agent = agents.make_agent(config.agent)
+    except ValueError as e:
+        raise UserError(str(e)) from e
     name = config.env or (None if config.dataset_path else DEFAULT_ENV)
     task = data.load(name, config.dataset_path, config.source)
     dataset = make_dataset(task.log, config, task.action_low, task.action_high)
     task.release_log()
 
-    agent, dims = agents.make_agent(config.agent), (dataset.obs_dim, dataset.act_dim)
+    dims = dataset.obs_dim, dataset.act_dim
     make_generator = make_resampler if config.synthetic == "none" else make_diffusion
     evaluate = data.evaluator_in_program(task.simulator, config.eval_episodes)
     trainer = make_train(config, agent, make_generator(config, *dims), *dims, evaluate)
-    trainer = vmap_seeds(trainer, config.shared_denoiser)
+    shared = config.shared_denoiser or config.synthetic == "none"
     seeds = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
-    fit_key, keys = jax.vmap(jax.random.split, out_axes=1)(seeds)  # as in Trainer.train
-    if config.shared_denoiser:
-        fit_key, _ = jax.random.split(jax.random.key(0))
     host_evaluate = None
     if evaluate is None and task.simulator:
         host_evaluate = make_host_evaluate(config, task.simulator, agent, dataset)
-    return Session(task, dataset, agent, trainer, fit_key, keys, host_evaluate)
+    return Session(task, dataset, agent, vmap_seeds(trainer, shared), seeds, shared, host_evaluate)
 
 
 def run(config: Config) -> dict:
@@ -889,39 +901,33 @@ def run(config: Config) -> dict:
     """
     import runs
 
-    start = time.monotonic()
-    folder, settings, fingerprint = None, {}, None
+    start, folder, fingerprint = time.monotonic(), None, None
     if config.resume:
-        folder, settings, fingerprint = runs.Run.resume(config.resume)
-        config = Config(**settings)
+        folder, config, fingerprint = runs.Run.resume(config.resume, Config)
+    elif config.out:
+        runs.refuse_existing(config.out)  # now, not after minutes of loading
     session = build(config)
     if fingerprint not in (None, session.task.fingerprint):
         raise UserError(f"the run was trained on another log than {session.task.source}")
     if folder is None:
-        title = f"{session.task.name}-{config.agent}-{config.synthetic}"
-        folder = runs.Run.create(config.out, title, dataclasses.asdict(config), session.task)
+        path = config.dataset_path and os.path.abspath(config.dataset_path)
+        config = dataclasses.replace(config, dataset_path=path, source=session.task.kind)
+        folder = runs.Run.create(config, session.task)
     folder.seconds["load"] = time.monotonic() - start
 
     gen_state = (run_fused if config.fused else run_chunks)(config, session, folder)
     held_out = jax.jit(session.trainer.generator.validate)(gen_state, session.dataset)
     final = folder.summary(config, session.task)
-    final |= {name: float(np.mean(value)) for name, value in held_out.items()}
-    folder.finish(final)
+    folder.finish(final | {name: float(np.mean(value)) for name, value in held_out.items()})
     return final
 
 
 def run_fused(config: Config, session: Session, folder):
     """Fit and every round as one compiled program -> gen_state."""
     task, trainer = session.task, session.trainer
-
-    @jax.jit
-    def whole_run(fit_key, keys, dataset):
-        gen_state, _ = trainer.fit(fit_key, dataset)
-        return gen_state, *trainer.run_rounds(keys, gen_state, dataset)
-
     with folder.timed("fused"):
-        results = whole_run(session.fit_key, session.keys, session.dataset)
-        gen_state, state, metrics = jax.block_until_ready(results)
+        results = jax.jit(trainer.train)(session.seeds, session.dataset)
+        gen_state, state, metrics, _ = jax.block_until_ready(results)
     for i in range(config.rounds):
         row = {name: values[:, i] for name, values in metrics.items()}
         if session.host_evaluate and i == config.rounds - 1:
@@ -934,8 +940,9 @@ def run_fused(config: Config, session: Session, folder):
 
 def restore(session: Session, folder):
     """-> (fit chunks done, gen_state, round_state): the last checkpoint, or the very beginning."""
-    gen_state = jax.jit(session.trainer.generator.init)(session.fit_key)
-    state = jax.jit(session.trainer.init_rounds)(session.keys, gen_state, session.dataset)
+    fit_key, keys = seed_keys(session.seeds, session.shared_denoiser)
+    gen_state = jax.jit(session.trainer.generator.init)(fit_key)
+    state = jax.jit(session.trainer.init_rounds)(keys, gen_state, session.dataset)
     return folder.restore((np.int32(0), gen_state, state))
 
 
@@ -943,7 +950,8 @@ def run_chunks(config: Config, session: Session, folder):
     """The same in pieces, with progress and checkpoints, from the last one on -> gen_state."""
     from tqdm import tqdm
 
-    _, dataset, _, trainer, fit_key, keys, host_evaluate = session
+    dataset, trainer, host_evaluate = session.dataset, session.trainer, session.host_evaluate
+    fit_key, keys = seed_keys(session.seeds, session.shared_denoiser)
     fit_chunk = jax.jit(trainer.generator.fit_chunk, donate_argnums=1)
     round_chunk = jax.jit(trainer.round_chunk, donate_argnums=1)
     done, gen_state, state = restore(session, folder)

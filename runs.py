@@ -6,6 +6,7 @@ Every file is written beside its place and renamed, so that a kill leaves the la
 
 import contextlib
 import csv
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -13,6 +14,8 @@ import os
 import platform
 import subprocess
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,35 +36,37 @@ class RunError(Exception):
 class Run:
     """One run folder, new or resumed."""
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, config):
         self.folder = folder
-        self.seeds = [settings["seed"] + i for i in range(settings["num_seeds"])]
+        self.seeds = [config.seed + i for i in range(config.num_seeds)]
         self.history: list[dict] = []  # a row per round and seed
         self.seconds: dict[str, float] = {}  # wall time per stage
         self._saved = time.monotonic()
         self._save_cost = 0.0
 
     @classmethod
-    def create(cls, out: str | None, title: str, settings: dict, task) -> "Run":
+    def create(cls, config, task) -> "Run":
         """Make the folder and its config.json; RunError where the folder already holds a run."""
-        folder = Path(out) if out else Path("runs") / f"{title}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if (folder / "config.json").exists():
-            raise RunError(
-                f"{folder} already holds a run; --resume {folder}, or name another --out"
-            )
-        about = {"name": task.name, "source": task.source, "fingerprint": task.fingerprint}
-        about = {"config": settings, "data": about, "versions": versions()}
+        title = f"{task.name}-{config.agent}-{config.synthetic}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(config.out or Path("runs") / title)
+        refuse_existing(folder)
+        log = {"name": task.name, "source": task.source, "fingerprint": task.fingerprint}
+        about = {"config": dataclasses.asdict(config), "data": log, "versions": versions()}
         write_json(folder / "config.json", about)
-        return cls(folder, settings)
+        return cls(folder, config)
 
     @classmethod
-    def resume(cls, folder: str) -> tuple["Run", dict, str]:
-        """-> (run, its settings, its log's fingerprint)."""
+    def resume(cls, folder: str, make_config: Callable) -> tuple["Run", Any, str]:
+        """-> (run, its config, its log's fingerprint)."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise RunError(f"there is no run in {folder}: it has no config.json")
-        about = json.loads(path.read_text())
-        return cls(path.parent, about["config"]), about["config"], about["data"]["fingerprint"]
+        with readable(path):
+            about = json.loads(path.read_text())
+            config, fingerprint = make_config(**about["config"]), about["data"]["fingerprint"]
+        for part in path.parent.rglob(".*.part"):  # what a kill left behind
+            part.unlink()
+        return cls(path.parent, config), config, fingerprint
 
     @contextlib.contextmanager
     def timed(self, stage: str):
@@ -94,13 +99,13 @@ class Run:
         path = self.folder / "checkpoint" / "state.npz"
         if not path.is_file():
             return like
-        with np.load(path, allow_pickle=False) as z:
-            shapes, treedef = jax.tree.flatten(like)
+        shapes, treedef = jax.tree.flatten(like)
+        with readable(path), np.load(path, allow_pickle=False) as z:
             leaves = [z[f"leaf{i}"] for i in range(len(z.files) - 1)]
             notes = json.loads(str(z["notes"]))
-        if [x.shape for x in leaves] != [x.shape for x in shapes]:
+            self.history, self.seconds = notes["history"], notes["seconds"]
+        if [(x.shape, x.dtype) for x in leaves] != [(x.shape, x.dtype) for x in shapes]:
             raise RunError(f"{path} is of another version of this program; start the run again")
-        self.history, self.seconds = notes["history"], notes["seconds"]
         return jax.tree.unflatten(treedef, [jax.numpy.asarray(x) for x in leaves])
 
     # --- Results ---
@@ -110,6 +115,13 @@ class Run:
         bar."""
         if "return" in metrics and score(0.0) is not None:
             metrics = metrics | {"score": score(metrics["return"])}
+        for name, values in metrics.items():
+            if not np.isfinite(values).all():
+                seed = self.seeds[int(np.argmin(np.isfinite(values)))]
+                raise RunError(
+                    f"{name} is not finite in round {round_index} of seed {seed}: the agent has "
+                    "diverged, or its denoiser; lower --fit-lr or --guidance"
+                )
         columns = {k: np.asarray(v, np.float64).round(6).tolist() for k, v in metrics.items()}
         for i, seed in enumerate(self.seeds):
             row = {"round": round_index, "seed": seed, "updates": updates}
@@ -152,8 +164,8 @@ class Run:
     def finish(self, final: dict) -> None:
         """Write final.json and curve.png, and print the table."""
         final = final | {"wall_seconds": {k: round(v, 1) for k, v in self.seconds.items()}}
-        write_json(self.folder / "final.json", final)
         draw_curve(self.folder / "curve.png", self.history, final)
+        write_json(self.folder / "final.json", final)
         print(table(final))
         print(f"\nsaved: {self.folder}/ (final.json, metrics.csv, curve.png, checkpoint/)")
 
@@ -171,11 +183,13 @@ def summarise(scores: list[float]) -> tuple[float | None, list[float] | None]:
 
 
 def t_quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t, to three digits (Cornish-Fisher beyond the first three)."""
-    if freedom <= 3:
-        return (12.706, 4.303, 3.182)[freedom - 1]
+    """97.5 % quantile of Student's t: a table, then its Cornish-Fisher expansion (within 0.001)."""
+    if freedom <= 4:
+        return (12.706, 4.303, 3.182, 2.776)[freedom - 1]
     z, n = 1.959964, freedom
-    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3
 
 
 def table(final: dict) -> str:
@@ -240,14 +254,31 @@ def draw_curve(path: Path, history: list[dict], final: dict) -> None:
 # --- Helpers ---
 
 
+def refuse_existing(folder: str | Path) -> None:
+    """RunError where the folder already holds a run, or a part of one."""
+    if (Path(folder) / "config.json").exists() or (Path(folder) / "checkpoint").exists():
+        raise RunError(f"{folder} already holds a run; --resume {folder}, or name another --out")
+
+
+@contextlib.contextmanager
+def readable(path: Path):
+    """Turn whatever a damaged file raises into one line."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise RunError(f"{path} is damaged ({type(e).__name__}); start the run again") from e
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path):
     """A binary file that takes its place when the block ends well, and vanishes when not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as f:
             yield f
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -255,7 +286,7 @@ def atomic_file(path: Path):
 
 def write_json(path: Path, content: dict) -> None:
     with atomic_file(path) as f:
-        f.write((json.dumps(content, indent=2) + "\n").encode())
+        f.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def versions() -> dict[str, str]:

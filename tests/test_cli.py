@@ -1,7 +1,9 @@
 """The command line as its users see it: one finished run, one killed and resumed, many mistakes."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,8 +87,9 @@ def test_fused_equals_chunks(toy_file, tmp_path):
         assert chunks[key] == pytest.approx(fused[key], rel=1e-3)
 
 
-def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path):
-    args = ("--env", "pendulum-medium", *TINY)
+@pytest.mark.parametrize("stage", ["fit", "rounds"])
+def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(stage, tmp_path):
+    args = ("--env", "pendulum-medium", *TINY, "--fit-steps", 400, "--rounds", 12)
     whole = call(*args, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     folder, env = tmp_path / "killed", os.environ | {"PGD_SAVE_EVERY": "0"}
@@ -96,12 +99,16 @@ def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while not (folder / "metrics.csv").exists():  # the first round is done
+    sign = {"fit": "checkpoint/state.npz", "rounds": "metrics.csv"}[stage]
+    while not (folder / sign).exists():
         assert process.poll() is None
-        time.sleep(0.02)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "final.json").exists()
+    with np.load(folder / "checkpoint" / "state.npz") as z:
+        rounds = len(json.loads(str(z["notes"]))["history"])
+    assert rounds < 12 and (rounds == 0 or stage == "rounds")
     resumed = call("--resume", folder)
     assert resumed.returncode == 0, resumed.stderr
     assert finals(folder) == finals(tmp_path / "whole")
@@ -196,6 +203,58 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_file(
     assert not list((tmp_path / "r").rglob("*.part"))
 
 
+def test_damaged_run_folders_are_one_clear_line(finished, tmp_path, capsys):
+    folder, _ = finished
+    for name, content in (("config.json", b"{}"), ("checkpoint/state.npz", b"PK\x03\x04 cut")):
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(folder, copy)
+        (copy / name).write_bytes(content)
+        with pytest.raises(SystemExit) as e:
+            pgd.main(["--resume", str(copy)])
+        said = capsys.readouterr().err
+        assert e.value.code == 2 and "is damaged" in said and said.count("\n") == 1
+
+
+def test_a_diverging_agent_is_one_clear_line_and_no_result(tmp_path, toy_file, capsys, monkeypatch):
+    import agents
+
+    monkeypatch.setitem(agents.AGENTS, "bc", lambda: agents.bc(lr=float("nan")))
+    args = ["--dataset-path", str(toy_file), *TINY, "--agent", "bc"]
+    with pytest.raises(SystemExit):
+        pgd.main([*args, "--out", str(tmp_path / "r")])
+    assert "is not finite in round 0 of seed 0" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "final.json").exists()
+
+
+def test_the_log_alone_needs_no_denoiser(tmp_path, toy_file):
+    args = ["--dataset-path", str(toy_file), *TINY, "--synthetic", "none", "--no-shared-denoiser"]
+    pgd.main([*args, "--num-seeds", "2", "--out", str(tmp_path / "r")])
+    final = finals(tmp_path / "r")
+    assert final["synthetic"] == "none" and "validation_loss" not in final
+
+
+def test_every_setting_has_its_own_help_line(capsys):
+    with pytest.raises(SystemExit):
+        pgd.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    source = (ROOT / "pgd.py").read_text()
+    for field in dataclasses.fields(pgd.Config):
+        line = next(x for x in source.splitlines() if x.startswith(f"    {field.name}: "))
+        assert "  # " in line, field.name
+        assert " ".join(line.split("  # ")[1].split()) in shown, field.name
+
+
+def test_interval_is_students_t():
+    import runs
+
+    exact = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 9: 2.262, 63: 1.998}
+    for freedom, value in exact.items():
+        assert runs.t_quantile(freedom) == pytest.approx(value, abs=2e-3)
+    mean, (low, high) = runs.summarise([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5 and high - mean == pytest.approx(3.182 * np.std([1, 2, 3, 4], ddof=1) / 2)
+    assert runs.summarise([5.0]) == (5.0, None)
+
+
 def test_a_run_does_not_overwrite_another(finished, capsys):
     folder, _ = finished
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -245,7 +304,7 @@ generator = pgd.make_diffusion(config, dataset.obs_dim, dataset.act_dim)
 trainer = pgd.make_train(config, agent, generator, dataset.obs_dim, dataset.act_dim)
 _, state, metrics, _ = jax.jit(trainer.train)(jax.random.key(0), dataset)
 print(state.buffer.obs.shape, float(metrics["loss"][0]), float(metrics["loss"][-1]))
-assert state.buffer.obs.shape == (1, 512, 3)
+assert state.buffer.obs.shape == (2, 512, 3)
 assert metrics["loss"][-1] < 0.8 * metrics["loss"][0]
 """
 

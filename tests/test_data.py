@@ -198,6 +198,8 @@ def bad(key, value):
         ),
         (bad("rewards", lambda x: np.where(x > 1, np.inf, x)), "rewards has NaN or infinite"),
         (bad("actions", lambda x: x.astype("S8")), "not numbers"),
+        (bad("terminals", lambda x: np.where(x, np.nan, 0.0)), "terminals has NaN"),
+        (bad("observations", lambda x: np.float32(1.0)), "observations has shape"),
     ],
 )
 def test_a_bad_log_is_one_clear_line(tmp_path, log, spoil, message):
@@ -258,7 +260,7 @@ def test_every_registry_name_resolves():
 
 def test_score_is_d4rls_formula():
     entry = data.resolve("halfcheetah-medium-v2")
-    task = data.Task("t", {}, None, None, "", "halfcheetah", entry.reference)
+    task = data.Task("t", {}, None, None, "", "d4rl", "halfcheetah", entry.reference)
     expected = 100 * (4770.0 + 280.178953) / (12135.0 + 280.178953)
     assert task.score(4770.0) == pytest.approx(expected, abs=1e-9)
 
@@ -390,7 +392,8 @@ def test_an_unreachable_host_falls_back_to_a_collected_log_and_says_so(monkeypat
     row = entry.d4rl | {"url": "http://127.0.0.1:9/hopper_random-v2.hdf5"}
     entry = entry._replace(d4rl=row)
     monkeypatch.setattr(data, "load_collected", lambda e: ("the log", "re-collected, not D4RL's"))
-    assert data._load_by_name(entry, "auto") == ("the log", "re-collected, not D4RL's")
+    found = data._load_by_name(entry, "auto")
+    assert found == ("the log", "re-collected, not D4RL's", "collect")
     said = capsys.readouterr().err
     assert "cannot be reached" in said and "--dataset-path" in said and said.count("\n") == 1
     with pytest.raises(data.DataError, match="cannot be reached"):
