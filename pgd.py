@@ -826,8 +826,6 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     preset = known.preset
     if preset == "default" and not small:
         preset = "default-large"
-        if jax.default_backend() == "cpu":
-            print("note: sized for a GPU; on this CPU, --preset laptop", file=sys.stderr)
     start = dataclasses.replace(Config(), **PRESETS.get(preset, {}))
     return tyro.cli(Config, args=argv, default=start, description=__doc__)
 
@@ -914,6 +912,9 @@ def run(config: Config) -> dict:
         config = dataclasses.replace(config, dataset_path=path, source=session.task.kind)
         folder = runs.Run.create(config, session.task)
     folder.seconds["load"] = time.monotonic() - start
+    if config.preset == "default" and not config.resume and jax.default_backend() == "cpu":
+        if config.features >= PRESETS["default-large"]["features"]:
+            print("note: sized for a GPU; on this CPU, --preset laptop", file=sys.stderr)
 
     gen_state = (run_fused if config.fused else run_chunks)(config, session, folder)
     held_out = jax.jit(session.trainer.generator.validate)(gen_state, session.dataset)
