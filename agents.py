@@ -99,19 +99,23 @@ def polyak(params, target, tau: float):
 
 
 def init_gaussian_actor(key, obs_dim: int, act_dim: int, hidden: tuple[int, ...]) -> dict:
+    """Parameters of the mean network and one log standard deviation per action."""
     return {"mean": init_mlp(key, (obs_dim, *hidden, act_dim)), "log_std": jnp.zeros(act_dim)}
 
 
 def actor_mean(actor: dict, obs: chex.Array) -> chex.Array:
+    """obs (..., O) -> (..., A) in (-1, 1)."""
     return jnp.tanh(mlp(actor["mean"], obs))
 
 
 def actor_log_prob(actor: dict, obs: chex.Array, action: chex.Array) -> chex.Array:
+    """obs (..., O), action (..., A) -> (...)."""
     log_std = jnp.clip(actor["log_std"], -5.0, 2.0)
     return gaussian_log_prob(action, actor_mean(actor, obs), log_std)
 
 
 def actor_sample(key, actor: dict, obs: chex.Array) -> chex.Array:
+    """obs (..., O) -> sampled actions (..., A), clipped to [-1, 1]."""
     mean = actor_mean(actor, obs)
     noise = jnp.exp(jnp.clip(actor["log_std"], -5.0, 2.0)) * jax.random.normal(key, mean.shape)
     return jnp.clip(mean + noise, -1.0, 1.0)

@@ -347,6 +347,7 @@ convolve.defvjp(convolve_forward, convolve_backward)
 
 
 def conv(params: dict, x: chex.Array, kernel: int) -> chex.Array:
+    """x (..., T, C) -> (..., T, C'), with a bias."""
     return convolve(x, params["w"], kernel) + params["b"]
 
 
@@ -359,6 +360,7 @@ def group_norm(x: chex.Array, groups: int) -> chex.Array:
 
 
 def init_block(key, c_in: int, c_out: int, config: Config) -> dict:
+    """Parameters of residual_block, which starts as the identity (or its skip)."""
     k = jax.random.split(key, 5)
     hidden = config.expansion * c_out
     block = {

@@ -276,6 +276,7 @@ def atomic_file(path: Path):
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Written whole or not at all; ValueError for a number that JSON has not."""
     with atomic_file(path) as f:
         f.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
