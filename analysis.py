@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 import data
+import envs
 import pgd
 import runs
 
@@ -28,7 +29,7 @@ def dynamics_error(run_dir: str, num: int = 256, weight: float = 0.0, **sampler)
     """
     folder, config, fingerprint = runs.Run.resume(run_dir, pgd.Config)
     session = pgd.build(config)
-    if session.task.simulator not in data.MujocoEnvs.IDS or config.synthetic != "diffusion":
+    if session.task.simulator not in envs.BODIES or config.synthetic != "diffusion":
         raise runs.RunError(f"{run_dir} has no denoiser that a MuJoCo simulator could judge")
     done, gen_state, state = pgd.restore(session, folder)
     if done != session.trainer.generator.num_chunks or fingerprint != session.task.fingerprint:
@@ -52,7 +53,7 @@ def dynamics_error(run_dir: str, num: int = 256, weight: float = 0.0, **sampler)
     obs, next_obs, action = generate(gen_state, first, dataset)
     mean, std = (np.asarray(x[: dataset.obs_dim]) for x in dataset.normalizer)
     flat = lambda x: np.asarray(x).reshape(-1, x.shape[-1])
-    true = data.step_from(session.task.simulator, flat(obs) * std + mean, flat(action))
+    true = envs.step_from(session.task.simulator, flat(obs) * std + mean, flat(action))
     return ((flat(next_obs) * std + mean - true) / std).reshape(*obs.shape) ** 2
 
 
@@ -84,7 +85,7 @@ def main() -> None:
                     rows.append(row)
                     curves[f"{Path(run_dir).name}, {name}, {weight:g}"] = per_step.mean(0)
                     print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-    except (data.DataError, runs.RunError, pgd.UserError, OSError) as e:
+    except (data.DataError, envs.EnvError, runs.RunError, pgd.UserError, OSError) as e:
         print(f"analysis.py: {e}", file=sys.stderr)
         sys.exit(2)
     save(Path(args.run_dir[0]), rows, curves)

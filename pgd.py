@@ -38,7 +38,9 @@ import optax
 class Config:
     # --- Run ---
     env: str | None = None  # task, D4RL's name or a gymnax one; pendulum-medium if nothing is given
-    dataset_path: str | None = None  # train on this HDF5 file; --env then only names the simulator
+    dataset_path: str | None = (
+        None  # train on this HDF5 or npz file; --env then names its simulator
+    )
     agent: str = "td3_bc"  # algorithm in agents.py: bc, td3_bc or iql
     synthetic: Literal["diffusion", "none"] = "diffusion"  # what the agent trains on; none: the log
     preset: Literal["default", "smoke", "laptop", "paper"] = "default"  # sets the defaults below
@@ -46,9 +48,13 @@ class Config:
     num_seeds: int = 1  # seeds seed, seed + 1, ... in one vmapped program
     shared_denoiser: bool = True  # one denoiser (always of key 0) for all seeds, or one per seed
     fused: bool = False  # the whole run as one compiled program, without progress in between
-    source: Literal["auto", "d4rl", "collect"] = "auto"  # where the log of a D4RL name comes from
+    source: Literal["auto", "d4rl", "minari", "collect"] = "auto"  # where a D4RL name's log is from
     out: str | None = None  # run folder; runs/<env>-<agent>-<synthetic>-<time> if not given
     resume: str | None = None  # go on with the run in this folder, under its own settings alone
+    export: str | None = (
+        None  # write synthetic data of the final policy: FILE.hdf5, .npz or minari:NAME
+    )
+    export_steps: int = 100_000  # transitions to write, rounded up to whole rounds of trajectories
 
     # --- Trajectories ---
     horizon: int = 32  # T, steps in a window
@@ -100,6 +106,9 @@ class Config:
 
     # --- Evaluation ---
     eval_episodes: int = 10  # per seed and round
+    physics: Literal["auto", "c", "mjx"] = (
+        "auto"  # MuJoCo's; auto: C, or MJX for --fused if it is there
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -156,10 +165,11 @@ class Dataset(NamedTuple):
     standardised.
     """
 
-    steps: chex.Array  # (N, D)
+    steps: chex.Array  # (N + known successors of time-outs, D)
     train_starts: chex.Array  # (M,) first steps of the windows to train on
     val_starts: chex.Array  # (V,) and of those held out
-    usable: chex.Array  # (K,) steps whose successor is known, or not needed: all but time-outs
+    usable: chex.Array  # (K,) steps whose successor is known, or not needed
+    successors: chex.Array  # (K,) theirs; those of time-outs, if known, follow the N steps
     normalizer: Normalizer
     action_low: chex.Array  # (A,) in the environment's units
     action_high: chex.Array  # (A,)
@@ -198,8 +208,9 @@ def make_dataset(
     """A log in D4RL's flat layout -> Dataset.
 
     log: observations (N, O), actions (N, A) in [action_low, action_high], rewards (N,), terminals
-    (N,), timeouts (N,); the last step ends an episode whether it says so or not. Raises UserError
-    where no window fits, or a batch is larger than the log.
+    (N,), timeouts (N,) and perhaps next_observations (N, O), without which a time-out's transition
+    is unknown; the last step ends an episode whether it says so or not. Raises UserError where no
+    window fits, or a batch is larger than the log.
     """
     obs, action = np.asarray(log["observations"]), np.asarray(log["actions"])
     terminals = np.asarray(log["terminals"], bool)
@@ -208,15 +219,21 @@ def make_dataset(
     num_obs, num_act = obs.shape[1], action.shape[1]
     low, high = (np.broadcast_to(np.float32(b), (num_act,)) for b in (action_low, action_high))
 
-    steps = np.empty((len(obs), num_obs + num_act + 2), np.float32)
+    after = log.get("next_observations", obs[:0])  # used at time-outs, where it is there
+    after = after[timeouts[: len(after)]]
+
+    num = len(obs)
+    with_after = np.zeros((num + len(after), num_obs + num_act + 2), np.float32)
+    with_after[num:, :num_obs] = after
+    steps = with_after[:num]
     steps[:, :num_obs] = obs
     unit = 2.0 * (action - low) / (high - low) - 1.0
     steps[:, num_obs:-2] = np.arctanh(np.clip(unit, -0.999, 0.999))
     steps[:, -2], steps[:, -1] = log["rewards"], terminals
     mean, std = steps.mean(0, dtype=np.float64), steps.std(0, dtype=np.float64)
     std[std < 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0
-    steps -= mean.astype(np.float32)
-    steps /= std.astype(np.float32)
+    with_after -= mean.astype(np.float32)
+    with_after /= std.astype(np.float32)
 
     starts = window_starts(terminals, timeouts, config.horizon, config.stride)
     episode = np.concatenate([[0], np.cumsum(terminals | timeouts)[:-1]])  # of each step
@@ -237,6 +254,10 @@ def make_dataset(
         boundary = starts[-max(1, round(config.validation * len(starts)))]
         val, train = starts >= boundary, starts + config.horizon <= boundary
     usable = np.flatnonzero(~timeouts)
+    successors = np.where(terminals[usable], usable, usable + 1)  # a terminal's is never looked at
+    if len(after):
+        usable = np.concatenate([usable, np.flatnonzero(timeouts)])
+        successors = np.concatenate([successors, num + np.arange(len(after))])
     for name, size, have in [
         ("fit-batch", config.fit_batch, train.sum()),
         ("batch-size", config.batch_size, len(usable)),
@@ -244,10 +265,11 @@ def make_dataset(
         if size > have:
             raise UserError(f"--{name} {size} is larger than the log, which gives {have} of them")
     return Dataset(
-        steps=jnp.asarray(steps),
+        steps=jnp.asarray(with_after),
         train_starts=jnp.asarray(starts[train], jnp.int32),
         val_starts=jnp.asarray(starts[val], jnp.int32),
         usable=jnp.asarray(usable, jnp.int32),
+        successors=jnp.asarray(successors, jnp.int32),
         normalizer=Normalizer(jnp.float32(mean), jnp.float32(std)),
         action_low=jnp.asarray(low),
         action_high=jnp.asarray(high),
@@ -272,10 +294,10 @@ def sample_windows(key, dataset: Dataset, starts: chex.Array, num: int, horizon:
 
 def sample_real(key, dataset: Dataset, num: int) -> Transition:
     """-> Transition (num, ...): steps of the log drawn with replacement."""
-    i = dataset.usable[jax.random.randint(key, (num,), 0, dataset.usable.shape[0])]
-    obs, action, reward, done = split_steps(dataset, dataset.steps[i])
-    after = jnp.where(done > 0, i, i + 1)  # a terminal has no successor, and needs none
-    return Transition(obs, action, reward, dataset.steps[after, : dataset.obs_dim], done)
+    k = jax.random.randint(key, (num,), 0, dataset.usable.shape[0])
+    obs, action, reward, done = split_steps(dataset, dataset.steps[dataset.usable[k]])
+    next_obs = dataset.steps[dataset.successors[k], : dataset.obs_dim]
+    return Transition(obs, action, reward, next_obs, done)
 
 
 def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
@@ -636,6 +658,7 @@ class Trainer(NamedTuple):
     after another, always with the same key, and gets the numbers of `train`."""
 
     generator: Generator
+    generate: Callable  # (key, round_state, gen_state, dataset) -> Transition (S, ...)
     init_rounds: Callable  # (key, gen_state, dataset) -> RoundState
     round_chunk: Callable  # (key, round_state, gen_state, dataset) -> (round_state, metrics)
     fit: Callable  # (key, dataset) -> (gen_state, metrics (num_chunks,)): every chunk of the fit
@@ -735,7 +758,7 @@ def make_train(
         gen_state, fit_metrics = fit(key_fit, dataset)
         return gen_state, *run_rounds(key_rounds, gen_state, dataset), fit_metrics
 
-    return Trainer(generator, init_rounds, round_chunk, fit, run_rounds, train)
+    return Trainer(generator, generate, init_rounds, round_chunk, fit, run_rounds, train)
 
 
 def seed_keys(seeds, shared_denoiser: bool):
@@ -763,9 +786,10 @@ def vmap_seeds(trainer: Trainer, shared_denoiser: bool) -> Trainer:
         gen_state, fit_metrics = fit(fit_key, dataset)
         return gen_state, *run_rounds(keys, gen_state, dataset), fit_metrics
 
+    generate = jax.vmap(trainer.generate, in_axes=(0, 0, g, None))
     init_rounds = jax.vmap(trainer.init_rounds, in_axes=(0, g, None))
     round_chunk = jax.vmap(trainer.round_chunk, in_axes=(0, 0, g, None))
-    return Trainer(generator, init_rounds, round_chunk, fit, run_rounds, train)
+    return Trainer(generator, generate, init_rounds, round_chunk, fit, run_rounds, train)
 
 
 # --- Main: one run on the host, in chunks or fused ---
@@ -773,7 +797,7 @@ def vmap_seeds(trainer: Trainer, shared_denoiser: bool) -> Trainer:
 
 AT_LEAST_ONE = (
     "num_seeds stride features levels blocks expansion groups kernel fit_steps fit_chunk fit_batch "
-    "rounds updates batch_size trajectories sample_batch buffer_rounds eval_episodes"
+    "rounds updates batch_size trajectories sample_batch buffer_rounds eval_episodes export_steps"
 ).split()
 
 
@@ -784,6 +808,7 @@ def check_config(c: Config) -> None:
         for name in AT_LEAST_ONE
     } | {
         "--horizon must be at least 2": c.horizon >= 2,
+        "--export needs --synthetic diffusion": not c.export or c.synthetic != "none",
         "--sample-steps must be at least 2": c.sample_steps >= 2,
         "--kernel must be odd": c.kernel % 2 == 1,
         "--features must be a multiple of --groups, and even": c.features % c.groups == 0
@@ -821,9 +846,13 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     parser.add_argument("--env", default=DEFAULT_ENV)
     parser.add_argument("--dataset-path", "--dataset_path")
     parser.add_argument("--resume")
+    parser.add_argument("--export")
+    parser.add_argument("--export-steps", "--export_steps")
     known, others = parser.parse_known_args(argv)
     if known.resume and (others or known.dataset_path or "--env" in argv or "--preset" in argv):
-        raise UserError("--resume takes no other flags: a run goes on under its own settings")
+        raise UserError(
+            "--resume takes no other flags but --export: a run goes on under its own settings"
+        )
     small = known.env.startswith(tuple(small_tasks)) and not known.dataset_path
     preset = known.preset
     if preset == "default" and not small:
@@ -836,6 +865,7 @@ def make_host_evaluate(config: Config, simulator: str, agent, dataset: Dataset) 
     """-> evaluate(round, agent_states) -> returns (seeds,), in the simulator's own physics on the
     host."""
     import data
+    import envs as sim
 
     seeds, episodes = config.seed + np.arange(config.num_seeds), config.eval_episodes
     envs = data.make_envs(simulator, len(seeds) * episodes)
@@ -849,7 +879,7 @@ def make_host_evaluate(config: Config, simulator: str, agent, dataset: Dataset) 
     def evaluate(round_index, agent_states):
         entropy = [np.random.SeedSequence((seed, round_index)) for seed in seeds.tolist()]
         starts = np.concatenate([e.generate_state(episodes) for e in entropy])
-        returns = data.evaluate_on_host(envs, functools.partial(act, agent_states), starts)
+        returns = sim.evaluate_on_host(envs, functools.partial(act, agent_states), starts)
         return returns.reshape(len(seeds), episodes).mean(1)
 
     return evaluate
@@ -871,8 +901,11 @@ def build(config: Config) -> Session:
     """Load the log, put it on the device and make the trainer: first for one seed, then for all."""
     import agents
     import data
+    import envs
 
     check_config(config)
+    if config.export:
+        data.refuse_existing_export(config.export)
     try:
         agent = agents.make_agent(config.agent)
     except ValueError as e:
@@ -884,7 +917,10 @@ def build(config: Config) -> Session:
 
     dims = dataset.obs_dim, dataset.act_dim
     make_generator = make_resampler if config.synthetic == "none" else make_diffusion
-    evaluate = data.evaluator_in_program(task.simulator, config.eval_episodes)
+    mjx = config.physics == "mjx" or config.physics == "auto" and config.fused and envs.has_mjx()
+    if config.physics == "mjx" and task.simulator not in envs.BODIES:
+        raise UserError(f"--physics mjx is for {', '.join(envs.BODIES)}, not for {task.name}")
+    evaluate = envs.evaluator_in_program(task.simulator, config.eval_episodes, mjx)
     trainer = make_train(config, agent, make_generator(config, *dims), *dims, evaluate)
     shared = config.shared_denoiser or config.synthetic == "none"
     seeds = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
@@ -903,7 +939,11 @@ def run(config: Config) -> dict:
 
     start, folder, fingerprint = time.monotonic(), None, None
     if config.resume:
+        asked = config
         folder, config, fingerprint = runs.Run.resume(config.resume, Config)
+        config = dataclasses.replace(
+            config, export=asked.export or config.export, export_steps=asked.export_steps
+        )
     elif config.out:
         runs.refuse_existing(config.out)  # now, not after minutes of loading
     session = build(config)
@@ -918,15 +958,18 @@ def run(config: Config) -> dict:
         if config.features >= PRESETS["default-large"]["features"]:
             print("note: sized for a GPU; on this CPU, --preset laptop", file=sys.stderr)
 
-    gen_state = (run_fused if config.fused else run_chunks)(config, session, folder)
+    gen_state, state = (run_fused if config.fused else run_chunks)(config, session, folder)
     held_out = jax.jit(session.trainer.generator.validate)(gen_state, session.dataset)
     final = folder.summary(config, session.task)
     folder.finish(final | {name: float(np.mean(value)) for name, value in held_out.items()})
+    if config.export:
+        for target in export(config, session, gen_state, state):
+            print(f"exported: {target}")
     return final
 
 
 def run_fused(config: Config, session: Session, folder):
-    """Fit and every round as one compiled program -> gen_state."""
+    """Fit and every round as one compiled program -> (gen_state, round_state)."""
     task, trainer = session.task, session.trainer
     with folder.timed("fused"):
         results = jax.jit(trainer.train)(session.seeds, session.dataset)
@@ -938,7 +981,7 @@ def run_fused(config: Config, session: Session, folder):
                 row["return"] = session.host_evaluate(i, state.agent)
         folder.log(i, (i + 1) * config.updates, row, task.score)
     folder.save((np.int32(trainer.generator.num_chunks), gen_state, state), force=True)
-    return gen_state
+    return gen_state, state
 
 
 def restore(session: Session, folder):
@@ -950,7 +993,8 @@ def restore(session: Session, folder):
 
 
 def run_chunks(config: Config, session: Session, folder):
-    """The same in pieces, with progress and checkpoints, from the last one on -> gen_state."""
+    """The same in pieces, with progress and checkpoints, from the last one on -> (gen_state,
+    round_state)."""
     from tqdm import tqdm
 
     dataset, trainer, host_evaluate = session.dataset, session.trainer, session.host_evaluate
@@ -984,18 +1028,71 @@ def run_chunks(config: Config, session: Session, folder):
             bar.set_postfix_str(said, refresh=False)
             bar.update()
             folder.save((done, gen_state, state), force=i == config.rounds - 1)
-    return gen_state
+    return gen_state, state
+
+
+def transitions_to_log(t: Transition, horizon: int, dataset: Dataset) -> dict[str, np.ndarray]:
+    """Synthetic transitions (S * T, ...), trajectories end to end -> a log in D4RL's layout and the
+    environment's units, with next_observations.
+
+    A trajectory ends at its first terminal; if it has none, by a time-out after T - 1 steps, its
+    last having no successor.
+    """
+    t = Transition(*(np.asarray(x).reshape(-1, horizon, *x.shape[1:]) for x in t))
+    done = t.done > 0
+    keep = np.cumsum(done, axis=1) - done == 0
+    keep[:, -1] &= done[:, -1]
+    last = keep & (np.cumsum(keep, axis=1) == keep.sum(1, keepdims=True))
+    mean, std = (np.asarray(x[: dataset.obs_dim]) for x in dataset.normalizer)
+    low, high = np.asarray(dataset.action_low), np.asarray(dataset.action_high)
+    return {
+        "observations": t.obs[keep] * std + mean,
+        "actions": low + (t.action[keep] + 1.0) * 0.5 * (high - low),
+        "rewards": t.reward[keep],
+        "terminals": done[keep],
+        "timeouts": (last & ~done)[keep],
+        "next_observations": t.next_obs[keep] * std + mean,
+    }
+
+
+def export(config: Config, session: Session, gen_state, state) -> list[str]:
+    """Write synthetic data guided by each seed's final policy, in as many whole rounds of
+    trajectories as --export-steps needs -> the files written, one per seed."""
+    from tqdm import tqdm
+
+    import data
+
+    dataset, seeds = session.dataset, (config.seed + np.arange(config.num_seeds)).tolist()
+    generate = jax.jit(session.trainer.generate)
+    _, keys = seed_keys(session.seeds, session.shared_denoiser)
+    key_rounds = jax.vmap(lambda key: jax.random.split(key)[1])(keys)
+    logs = [[] for _ in seeds]
+    for i in tqdm(range(-(-config.export_steps // (config.trajectories * (config.horizon - 1))))):
+        at = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_rounds, config.rounds + i)
+        made = jax.tree.map(np.asarray, generate(at, state, gen_state, dataset))
+        for s, parts in enumerate(logs):
+            one = jax.tree.map(lambda x, s=s: x[s], made)
+            parts.append(transitions_to_log(one, config.horizon, dataset))
+    bounds, written = (dataset.action_low, dataset.action_high), []
+    for seed, parts in zip(seeds, logs):
+        log = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        about = f"synthetic, guidance {config.guidance:g}, {config.agent} seed {seed}, "
+        about += f"denoiser trained on {session.task.source}"
+        suffix = f"-seed{seed}" if len(seeds) > 1 else ""
+        written.append(data.export(config.export, suffix, log, bounds, about))
+    return written
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: exit status 0 only for a finished run, 2 for a user's mistake."""
     import data
+    import envs
     import runs
 
     try:
         argv = sys.argv[1:] if argv is None else argv
-        run(parse_config(argv, tuple(data.GymnaxEnvs.IDS)))
-    except (UserError, data.DataError, runs.RunError, OSError) as e:
+        run(parse_config(argv, tuple(envs.GYMNAX)))
+    except (UserError, data.DataError, envs.EnvError, runs.RunError, OSError) as e:
         print(f"pgd.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 import zipfile
@@ -48,7 +49,8 @@ class Run:
     @classmethod
     def create(cls, config, task) -> "Run":
         """Make the folder and its config.json; RunError where the folder already holds a run."""
-        title = f"{task.name}-{config.agent}-{config.synthetic}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = re.sub(r"[^\w.-]+", "-", task.name)
+        title = f"{name}-{config.agent}-{config.synthetic}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path(config.out or Path("runs") / title)
         refuse_existing(folder)
         log = {"name": task.name, "source": task.source, "fingerprint": task.fingerprint}

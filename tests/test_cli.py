@@ -34,7 +34,7 @@ def call(*args, **kw):
 @pytest.fixture(scope="module")
 def toy_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("logs") / "toy.hdf5"
-    data.write_hdf5(path, toy_log(episodes=20), {})
+    data.write_log(path, toy_log(episodes=20), {})
     return path
 
 
@@ -263,7 +263,7 @@ def test_a_run_does_not_overwrite_another(finished, capsys):
 
 def test_a_resumed_run_refuses_another_log(tmp_path, capsys):
     path = tmp_path / "log.hdf5"
-    data.write_hdf5(path, toy_log(seed=0), {})
+    data.write_log(path, toy_log(seed=0), {})
     args = ["--dataset-path", str(path), *TINY, "--batch-size", "64", "--rounds", "1"]
     pgd.main([*args, "--out", str(tmp_path / "r")])
     with h5py.File(path, "r+") as f:

@@ -12,6 +12,7 @@ import pytest
 from conftest import real_log, toy_log
 
 import data
+import envs
 import pgd
 
 
@@ -64,7 +65,7 @@ def test_window_starts_equal_the_rules_applied_one_by_one(horizon, stride):
 )
 @pytest.mark.parametrize("stride", [1, 8])
 def test_window_starts_of_the_real_logs(name, terminal, timeout, stride):
-    log = data.read_hdf5(real_log(name))
+    log = data.read_log(real_log(name))
     assert (log["terminals"].sum(), log["timeouts"].sum()) == (terminal, timeout)
     starts = pgd.window_starts(log["terminals"], log["timeouts"], 32, stride)
     assert starts.tolist() == brute_force_starts(log["terminals"], log["timeouts"], 32, stride)
@@ -142,7 +143,7 @@ def test_a_trajectorys_last_step_counts_only_as_a_terminal(log):
 
 
 def test_synthetic_terminals_of_friction_hopper_come_where_windows_end():
-    log = data.read_hdf5(real_log("friction-hopper.hdf5"))
+    log = data.read_log(real_log("friction-hopper.hdf5"))
     dataset = pgd.make_dataset(log, pgd.Config())
     x = pgd.sample_windows(jax.random.key(0), dataset, dataset.train_starts, 512, 32)
     done = np.asarray(pgd.trajectories_to_transitions(dataset, x).done).reshape(512, 32)
@@ -167,8 +168,8 @@ def write(path: Path, log: dict) -> Path:
 
 
 def test_hdf5_round_trip(tmp_path, log):
-    data.write_hdf5(tmp_path / "a.hdf5", log, {"source": "a test"})
-    back = data.read_hdf5(tmp_path / "a.hdf5")
+    data.write_log(tmp_path / "a.hdf5", log, {"source": "a test"})
+    back = data.read_log(tmp_path / "a.hdf5")
     for key in data.KEYS:
         np.testing.assert_array_equal(back[key], log[key])
     assert [p.name for p in tmp_path.iterdir()] == ["a.hdf5"]
@@ -176,7 +177,7 @@ def test_hdf5_round_trip(tmp_path, log):
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path, log):
     with pytest.raises(TypeError):
-        data.write_hdf5(tmp_path / "a.hdf5", log | {"rewards": object()}, {})
+        data.write_log(tmp_path / "a.hdf5", log | {"rewards": object()}, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,7 +207,7 @@ def test_a_bad_log_is_one_clear_line(tmp_path, log, spoil, message):
     spoil(log)
     path = write(tmp_path / "bad.hdf5", log)
     with pytest.raises(data.DataError, match=message) as e:
-        data.read_hdf5(path)
+        data.read_log(path)
     assert "\n" not in str(e.value) and "bad.hdf5" in str(e.value)
 
 
@@ -216,19 +217,19 @@ def test_a_file_that_is_missing_empty_or_of_another_kind(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(data.DataError, match="no file|empty|cannot be read as HDF5"):
-        data.read_hdf5(path)
+        data.read_log(path)
 
 
 def test_a_truncated_file_is_one_clear_line(tmp_path, log):
     path = write(tmp_path / "log.hdf5", log)
     path.write_bytes(path.read_bytes()[:-3000])
     with pytest.raises(data.DataError, match="cannot be read as HDF5"):
-        data.read_hdf5(path)
+        data.read_log(path)
 
 
 def test_missing_timeouts_are_put_back_where_the_limit_is_known(tmp_path, log, capsys):
     timeouts = log.pop("timeouts")
-    back = data.read_hdf5(write(tmp_path / "a.hdf5", log), limit=40)
+    back = data.read_log(write(tmp_path / "a.hdf5", log), limit=40)
     np.testing.assert_array_equal(back["timeouts"], timeouts)
     assert "40 steps" in capsys.readouterr().err
 
@@ -268,15 +269,15 @@ def test_score_is_d4rls_formula():
 def test_mujoco_replays_the_published_halfcheetah_log():
     with h5py.File(real_log("safety-halfcheetah-train.hdf5")) as f:
         obs, action, after = (f[k][:300] for k in ("observations", "actions", "next_observations"))
-    error = ((data.step_from("halfcheetah", obs, action) - after) / obs.std(0)) ** 2
+    error = ((envs.step_from("halfcheetah", obs, action) - after) / obs.std(0)) ** 2
     assert error.mean() < 1e-5
 
 
 @pytest.mark.parametrize("task", ["pendulum", "halfcheetah", "hopper"])
 def test_collected_streams_follow_each_other_within_episodes(task):
-    envs = data.make_envs(task, 4)
-    rng_policy = lambda obs, rng: rng.uniform(-1, 1, (len(obs), envs.low.size))
-    log = data.collect(envs, rng_policy, 2400, seed=0)
+    copies = envs.make_envs(task, 4)
+    rng_policy = lambda obs, rng: rng.uniform(-1, 1, (len(obs), copies.low.size))
+    log = envs.collect(copies, rng_policy, 2400, seed=0)
     data.check_log(log, "log")
     ends = log["terminals"] | log["timeouts"]
     inner = np.flatnonzero(~ends[:-1])
@@ -289,12 +290,12 @@ def test_collected_streams_follow_each_other_within_episodes(task):
     assert not np.any(
         np.all(log["next_observations"][broken] == log["observations"][broken + 1], axis=1)
     )
-    assert log["actions"].min() >= envs.low.min() and log["actions"].max() <= envs.high.max()
+    assert log["actions"].min() >= copies.low.min() and log["actions"].max() <= copies.high.max()
     if task == "pendulum":  # 200 steps an episode, and never a terminal
         assert ends.sum() == 12 and not log["terminals"].any()
     if task == "hopper":  # a random hopper falls
         assert log["terminals"].sum() > 20
-    again = data.collect(data.make_envs(task, 4), rng_policy, 2400, seed=0)
+    again = envs.collect(envs.make_envs(task, 4), rng_policy, 2400, seed=0)
     np.testing.assert_array_equal(log["observations"], again["observations"])
 
 

@@ -1,0 +1,555 @@
+"""Simulators: many copies of a task on the host, or one as a pure function in JAX.
+
+    envs = make_envs("halfcheetah", 50)                 # C MuJoCo in threads, numpy in and out
+    returns = evaluate_on_host(envs, act, seed=0)       # one episode in every copy
+    evaluate = evaluator_in_program("pendulum", 10)     # the same inside a compiled run
+    log = collect(envs, policy, steps=100_000, seed=0)  # D4RL's arrays
+
+All step together and behave alike: `reset(seed) -> obs`, `step(action) -> (next_obs, reward,
+terminal, timeout)`, `obs` for what to act on next. A copy's episodes depend on its own seed alone.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+
+class EnvError(Exception):
+    """A simulator that is not there; the message is one line that says how to get it."""
+
+
+# --- MuJoCo, the three tasks of D4RL's -v2 logs ---
+
+
+class Body(NamedTuple):
+    """What gymnasium's -v4 tasks add to a MuJoCo model: the physics and observations of D4RL's -v2
+    logs (Walker2d-v5 has another foot friction, Hopper-v5 another reward at a fall)."""
+
+    xml: str  # of gymnasium's assets
+    frame_skip: int  # physics steps per action
+    control_cost: float
+    healthy_reward: float  # in every step
+    noise: float  # scale of the random start
+    normal_velocities: bool  # start velocities normal rather than uniform
+    max_speed: float = np.inf  # observed velocities are clipped
+    height: tuple[float, float] = (-np.inf, np.inf)  # of the torso; a terminal outside
+    angle: tuple[float, float] = (-np.inf, np.inf)  # of the torso
+    bound: float = np.inf  # on every other number of the state
+
+
+BODIES = {
+    "halfcheetah": Body("half_cheetah.xml", 5, 0.1, 0.0, 0.1, True),
+    "hopper": Body(
+        "hopper.xml", 4, 1e-3, 1.0, 5e-3, False, 10.0, (0.7, np.inf), (-0.2, 0.2), 100.0
+    ),
+    "walker2d": Body("walker2d.xml", 4, 1e-3, 1.0, 5e-3, False, 10.0, (0.8, 2.0), (-1.0, 1.0)),
+}
+EPISODE = 1000  # steps, of all three
+
+
+@functools.cache
+def load_body(task: str):
+    """-> (Body, MjModel)."""
+    mujoco = require("mujoco", "gymnasium[mujoco]")
+    require("gymnasium", "gymnasium[mujoco]")
+    folder = Path(importlib.util.find_spec("gymnasium").origin).parent / "envs" / "mujoco"
+    # MuJoCo 4.0 warns of an attribute in gymnasium's own files, also into a file where it stands
+    with _quiet_stderr(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
+        model = mujoco.MjModel.from_xml_path(str(folder / "assets" / BODIES[task].xml))
+    return BODIES[task], model
+
+
+def observe(body: Body, qpos, qvel, xp=np):
+    """qpos (..., Q), qvel (..., V) -> obs (..., Q - 1 + V), without the position along the
+    track."""
+    return xp.concatenate([qpos[..., 1:], xp.clip(qvel, -body.max_speed, body.max_speed)], -1)
+
+
+def reward_and_terminal(body: Body, seconds: float, before, qpos, qvel, action, xp=np):
+    """State before (its x) and after a step of `seconds` -> reward (...), terminal (...)."""
+    reward = (qpos[..., 0] - before) / seconds + body.healthy_reward
+    reward = reward - body.control_cost * xp.sum(action**2, -1)
+    low, high = (xp.asarray(b) for b in zip(body.height, body.angle))
+    healthy = xp.all((qpos[..., 1:3] > low) & (qpos[..., 1:3] < high), -1)
+    rest = xp.concatenate([qpos[..., 2:], qvel], -1)
+    return reward, ~(healthy & xp.all(xp.abs(rest) < body.bound, -1))
+
+
+class MujocoEnvs:
+    """`num` copies of a MuJoCo task, stepped together in C threads, one call per action.
+
+    Each step is a pure function of (qpos, qvel, action): the solver starts cold, so a row does not
+    depend on the rows beside it, and a logged state replays to the last bit.
+    """
+
+    def __init__(self, task: str, num: int, threads: int | None = None):
+        self.body, self.model = load_body(task)
+        mujoco = require("mujoco", "gymnasium[mujoco]")
+        rollout = require("mujoco.rollout", "gymnasium[mujoco]")
+        threads = min(threads or len(os.sched_getaffinity(0)), num)
+        self._pool = rollout.Rollout(nthread=threads)
+        self._data = [mujoco.MjData(self.model) for _ in range(threads)]
+        self._models = [self.model] * num
+        self.num, self.limit = num, EPISODE
+        bounds = self.model.actuator_ctrlrange.astype(np.float32)
+        self.low, self.high = bounds[:, 0], bounds[:, 1]
+        self.num_qpos, self.num_qvel = self.model.nq, self.model.nv
+        self.obs_dim = self.num_qpos - 1 + self.num_qvel
+        self.seconds = self.model.opt.timestep * self.body.frame_skip
+        steps, size = self.body.frame_skip, 1 + self.num_qpos + self.num_qvel
+        self._control = np.empty((num, steps, self.model.nu))
+        self._path = np.empty((num, steps, size))  # time, qpos, qvel after every physics step
+        self._sensors = np.empty((num, steps, self.model.nsensordata))
+        self._state = np.zeros((num, size))
+
+    def physics(self, qpos: np.ndarray, qvel: np.ndarray, action: np.ndarray):
+        """State (num, Q), (num, V) and action (num, A) -> the state one step later."""
+        self._state[:, 1:] = np.concatenate([qpos, qvel], axis=1)
+        self._control[:] = action[:, None]
+        steps = self.body.frame_skip
+        self._pool.rollout(
+            self._models, self._data, self._state, self._control, skip_checks=True, nstep=steps,
+            state=self._path, sensordata=self._sensors,
+        )  # fmt: skip
+        return np.split(self._path[:, -1, 1:].copy(), [self.num_qpos], axis=1)
+
+    def _start(self, i: int) -> None:
+        """A random start for copy i, drawn as gymnasium draws it."""
+        rng, noise = self._rng[i], self.body.noise
+        self.qpos[i] = self.model.qpos0 + rng.uniform(-noise, noise, self.num_qpos)
+        if self.body.normal_velocities:
+            self.qvel[i] = noise * rng.standard_normal(self.num_qvel)
+        else:
+            self.qvel[i] = rng.uniform(-noise, noise, self.num_qvel)
+        self._age[i] = 0
+
+    def reset(self, seed: int | Sequence[int]) -> np.ndarray:
+        """Start every copy afresh -> obs (num, O); `seed` is one number, or one for each copy."""
+        self._rng = [np.random.default_rng(int(s)) for s in _seeds(seed, self.num)]
+        self.qpos, self.qvel = (np.empty((self.num, n)) for n in (self.num_qpos, self.num_qvel))
+        self._age = np.zeros(self.num, np.int64)
+        for i in range(self.num):
+            self._start(i)
+        self.obs = observe(self.body, self.qpos, self.qvel).astype(np.float32)
+        return self.obs
+
+    def step(self, action: np.ndarray):
+        """action (num, A) -> next_obs (num, O), reward, terminal, timeout (num,).
+
+        `self.obs` is what to act on next: it differs from next_obs where an episode has ended.
+        """
+        action, before = np.asarray(action, np.float64), self.qpos[:, 0].copy()
+        self.qpos, self.qvel = self.physics(self.qpos, self.qvel, action)
+        reward, terminal = reward_and_terminal(
+            self.body, self.seconds, before, self.qpos, self.qvel, action
+        )
+        next_obs = observe(self.body, self.qpos, self.qvel).astype(np.float32)
+        self._age += 1
+        timeout = ~terminal & (self._age >= self.limit)
+        self.obs = next_obs
+        ended = np.flatnonzero(terminal | timeout)
+        if len(ended):
+            for i in ended:
+                self._start(i)
+            self.obs = observe(self.body, self.qpos, self.qvel).astype(np.float32)
+        return next_obs, reward.astype(np.float32), terminal, timeout
+
+
+def state_from_obs(obs: np.ndarray, num_qpos: int) -> tuple[np.ndarray, np.ndarray]:
+    """obs (N, O) -> qpos (N, Q) with x = 0, which has no influence, and qvel (N, V)."""
+    obs = np.asarray(obs, np.float64)
+    return np.pad(obs[:, : num_qpos - 1], ((0, 0), (1, 0))), obs[:, num_qpos - 1 :]
+
+
+def step_from(simulator: str, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
+    """obs (N, O), action (N, A) -> next_obs (N, O), as MuJoCo has it from exactly that state."""
+    if simulator not in BODIES:
+        raise EnvError(f"{simulator} cannot be put into a given state")
+    envs = MujocoEnvs(simulator, len(obs))
+    after = envs.physics(*state_from_obs(obs, envs.num_qpos), np.asarray(action, np.float64))
+    return observe(envs.body, *after)
+
+
+# --- MuJoCo through MJX: the same three tasks in pure JAX ---
+
+
+def has_mjx() -> bool:
+    return importlib.util.find_spec("mujoco.mjx") is not None
+
+
+def make_mjx(task: str):
+    """Task name -> (reset, step), pure functions.
+
+    reset(key) -> (obs, state); step(state, action) -> (obs, state, reward, terminal), a state being
+    (qpos, qvel). Steps agree with C MuJoCo's to about 1e-6, with rare larger differences where a
+    contact begins; episodes part from each other as chaos has it.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that warp, not needed, is missing
+        mjx = require("mujoco.mjx", "mujoco-mjx")
+    import jax
+    import jax.numpy as jnp
+
+    body, model = load_body(task)
+    seconds = model.opt.timestep * body.frame_skip
+    device_model, start = mjx.put_model(model, impl="jax"), mjx.make_data(model, impl="jax")
+
+    def reset(key):
+        key_qpos, key_qvel = jax.random.split(key)
+        uniform = lambda key, n: jax.random.uniform(
+            key, (n,), minval=-body.noise, maxval=body.noise
+        )
+        qpos = jnp.asarray(model.qpos0, jnp.float32) + uniform(key_qpos, model.nq)
+        if body.normal_velocities:
+            qvel = body.noise * jax.random.normal(key_qvel, (model.nv,))
+        else:
+            qvel = uniform(key_qvel, model.nv)
+        return observe(body, qpos, qvel, jnp), (qpos, qvel)
+
+    def step(state, action):
+        qpos, qvel = state
+        data = start.replace(qpos=qpos, qvel=qvel, ctrl=action)
+        data = jax.lax.fori_loop(0, body.frame_skip, lambda _, d: mjx.step(device_model, d), data)
+        after = data.qpos, data.qvel
+        reward, terminal = reward_and_terminal(body, seconds, qpos[0], *after, action, jnp)
+        return observe(body, *after, jnp), after, reward, terminal
+
+    return reset, step
+
+
+# --- gymnax ---
+
+
+GYMNAX = {
+    "pendulum": "Pendulum-v1",
+    "reacher": "Reacher-misc",
+    "mountaincar-continuous": "MountainCarContinuous-v0",
+    "swimmer": "Swimmer-misc",
+}
+
+
+def make_gymnax(task: str):
+    """Task name -> (gymnax environment, its parameters, action low (A,), action high (A,))."""
+    gymnax = require("gymnax", "gymnax six")
+    env, params = gymnax.make(GYMNAX[task])
+    space = env.action_space(params)
+    low, high = (np.broadcast_to(np.float32(b), space.shape) for b in (space.low, space.high))
+    return env, params, low, high
+
+
+class GymnaxEnvs:
+    """`num` copies of a gymnax task on the host, behind the interface of MujocoEnvs."""
+
+    def __init__(self, task: str, num: int):
+        import jax
+
+        env, params, self.low, self.high = make_gymnax(task)
+        self.num, self.limit = num, int(params.max_steps_in_episode)
+        self.obs_dim = env.observation_space(params).shape[0]
+
+        @jax.jit
+        def reset(seed):
+            keys = jax.random.split(jax.random.key(seed), num)
+            return jax.vmap(env.reset, in_axes=(0, None))(keys, params)
+
+        @jax.jit
+        def step(seed, t, state, action):
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), t), num)
+            return jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, action, params)
+
+        self._reset_all, self._step_all = reset, step
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Start every copy afresh -> obs (num, O)."""
+        self._seed, self._t = seed, 0
+        obs, self._state = self._reset_all(seed)
+        self.obs = np.asarray(obs, np.float32)
+        return self.obs
+
+    def step(self, action: np.ndarray):
+        """action (num, A) -> next_obs (num, O), reward, terminal, timeout (num,); see
+        MujocoEnvs."""
+        self._t += 1
+        out = self._step_all(self._seed, self._t, self._state, np.asarray(action, np.float32))
+        obs, self._state, reward, terminal, timeout, info = out
+        self.obs = np.asarray(obs, np.float32)
+        next_obs = np.asarray(info["final_observation"], np.float32)
+        terminal, timeout = np.asarray(terminal, bool), np.asarray(timeout, bool)
+        return next_obs, np.asarray(reward, np.float32), terminal, timeout & ~terminal
+
+
+# --- Any gymnasium environment, one Python object a copy ---
+
+
+class GymnasiumEnvs:
+    """`num` gymnasium environments behind the interface of MujocoEnvs.
+
+    make() -> an environment with a Box of actions and observations that can be flattened.
+    """
+
+    def __init__(self, make: Callable, num: int, limit: int | None = None):
+        self.gymnasium = require("gymnasium", "gymnasium[mujoco]")
+        with _quiet_stderr(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
+            made = [make() for _ in range(num)]
+        self.num, self.limit = num, limit or made[0].spec.max_episode_steps
+        if self.limit is None:
+            raise EnvError(f"{made[0].spec.id} has no limit on its episodes")
+        self.envs = [env.unwrapped for env in made]
+        space = self.envs[0].action_space
+        if not isinstance(space, self.gymnasium.spaces.Box):
+            raise EnvError(f"{made[0].spec.id} has no continuous actions, but {space}")
+        self.low, self.high = space.low.astype(np.float32), space.high.astype(np.float32)
+        self.obs_dim = self.flatten(self.envs[0].reset(seed=0)[0]).size
+
+    def flatten(self, obs) -> np.ndarray:
+        return self.gymnasium.spaces.flatten(self.envs[0].observation_space, obs)
+
+    def _start(self, env, seed: int | None) -> np.ndarray:
+        return self.flatten(env.reset(seed=seed)[0])
+
+    def _step(self, env, action: np.ndarray):
+        obs, reward, terminal = env.step(action)[:3]
+        return self.flatten(obs), reward, terminal
+
+    def reset(self, seed: int | Sequence[int]) -> np.ndarray:
+        """Start every copy afresh -> obs (num, O); `seed` is one number, or one for each copy."""
+        seeds = _seeds(seed, self.num)
+        obs = [self._start(env, int(s)) for env, s in zip(self.envs, seeds)]
+        self.obs = np.stack(obs).astype(np.float32)
+        self._age = np.zeros(self.num, np.int64)
+        return self.obs
+
+    def step(self, action: np.ndarray):
+        """action (num, A) -> next_obs (num, O), reward, terminal, timeout (num,); see
+        MujocoEnvs."""
+        action = np.asarray(action, np.float64)
+        results = [self._step(env, a) for env, a in zip(self.envs, action)]
+        next_obs = np.stack([r[0] for r in results]).astype(np.float32)
+        reward = np.array([r[1] for r in results], np.float32)
+        terminal = np.array([r[2] for r in results], bool)
+        self._age += 1
+        timeout = ~terminal & (self._age >= self.limit)
+        self.obs = next_obs.copy()
+        for i in np.flatnonzero(terminal | timeout):
+            self.obs[i], self._age[i] = self._start(self.envs[i], None), 0
+        return next_obs, reward, terminal, timeout
+
+
+# --- D4RL's maze2d and adroit, through gymnasium-robotics ---
+
+
+ADROIT = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200}  # D4RL's longest episodes
+MAZES = {  # gymnasium-robotics' name, D4RL's goal (row, column), longest episode
+    "maze2d-umaze": ("PointMaze_UMaze-v3", (1, 1), 300),
+    "maze2d-medium": ("PointMaze_Medium-v3", (6, 6), 600),
+    "maze2d-large": ("PointMaze_Large-v3", (7, 9), 800),
+}
+MAZES |= {f"{name}-dense": maze for name, maze in MAZES.items()}
+
+
+def make_robotics(name: str, **settings):
+    """An environment of gymnasium-robotics; EnvError where that is not installed."""
+    gymnasium = require("gymnasium", "gymnasium[mujoco]")
+    gymnasium.register_envs(require("gymnasium_robotics", "gymnasium-robotics"))
+    return gymnasium.make(name, disable_env_checker=True, **settings)
+
+
+class MazeEnvs(GymnasiumEnvs):
+    """D4RL's maze2d as it was: its coordinates, fixed goal and reward, on PointMaze's physics.
+
+    D4RL's position is (row, column) - 0.2, a cell's centre being a whole number; PointMaze's is
+    Cartesian with its origin in the middle of the maze. The goal counts within 0.5; `-dense` pays
+    exp(-distance). No episode ends before its limit.
+    """
+
+    def __init__(self, task: str, num: int):
+        name, self.goal, limit = MAZES[task]
+        self.dense = task.endswith("-dense")
+        super().__init__(lambda: make_robotics(name), num, limit)
+
+    def flatten(self, obs) -> np.ndarray:
+        maze, (x, y, vx, vy) = self.envs[0].maze, obs["observation"]
+        row, column = maze.y_map_center - y - 0.5, x + maze.x_map_center - 0.5
+        return np.array([row - 0.2, column - 0.2, -vy, vx])
+
+    def _start(self, env, seed):
+        obs, _ = env.reset(seed=seed)
+        rng, maze = env.np_random, env.maze
+        free = [(r, c) for r, row in enumerate(maze.maze_map) for c, x in enumerate(row) if x != 1]
+        free = [cell for cell in free if cell != self.goal]
+        row, column = np.array(free[rng.integers(len(free))]) + 0.2 + rng.uniform(-0.1, 0.1, 2)
+        qpos = np.array([column + 0.5 - maze.x_map_center, maze.y_map_center - row - 0.5])
+        env.point_env.set_state(qpos, 0.1 * rng.standard_normal(2))
+        env.goal = np.full(2, np.inf)  # PointMaze's own plays no part
+        state = np.concatenate([env.point_env.data.qpos, env.point_env.data.qvel])
+        return self.flatten({"observation": state})
+
+    def _step(self, env, action):
+        obs = self.flatten(
+            {"observation": env.point_env.step(np.array([action[1], -action[0]]))[0]}
+        )
+        distance = np.linalg.norm(obs[:2] - self.goal)
+        return obs, np.exp(-distance) if self.dense else float(distance <= 0.5), False
+
+
+# --- By name ---
+
+
+def simulators() -> list[str]:
+    """Every name that make_envs knows."""
+    return [*BODIES, *GYMNAX, *ADROIT, *MAZES]
+
+
+def missing(task: str) -> str | None:
+    """What has to be installed for this simulator, if anything."""
+    needs = "gymnasium_robotics" if task in ADROIT or task in MAZES else None
+    if needs and importlib.util.find_spec(needs) is None:
+        return needs.replace("_", "-")
+    return None
+
+
+def make_envs(task: str, num: int):
+    """`num` host-side copies of a task: halfcheetah, pendulum, maze2d-umaze, door, ..."""
+    if task in GYMNAX:
+        return GymnaxEnvs(task, num)
+    if task in BODIES:
+        return MujocoEnvs(task, num)
+    if task in MAZES:
+        return MazeEnvs(task, num)
+    if task in ADROIT:
+        name = f"AdroitHand{task.capitalize()}-v1"
+        return GymnasiumEnvs(lambda: make_robotics(name), num, ADROIT[task])
+    raise EnvError(f"there is no simulator for {task!r}; there is {', '.join(simulators())}")
+
+
+# --- Evaluation and collection ---
+
+
+def evaluate_on_host(envs, act: Callable, seed: int | Sequence[int]) -> np.ndarray:
+    """One episode in every copy -> undiscounted returns (num,). act maps obs (num, O) to (num,
+    A)."""
+    obs, returns, alive = envs.reset(seed), np.zeros(envs.num), np.ones(envs.num, bool)
+    while alive.any():
+        _, reward, terminal, timeout = envs.step(act(obs))
+        obs = envs.obs
+        returns += reward * alive
+        alive &= ~(terminal | timeout)
+    return returns
+
+
+def evaluator_in_program(task: str | None, episodes: int, mjx: bool = False) -> Callable | None:
+    """-> evaluate(key, act) -> returns (episodes,), a pure function to compile into a run; None
+    where the task has no simulator in JAX, or `mjx` does not ask for it. act maps obs (..., O) to
+    actions (..., A)."""
+    import jax
+    import jax.numpy as jnp
+
+    if task in GYMNAX:
+        env, params, _, _ = make_gymnax(task)
+        limit, reset = params.max_steps_in_episode, lambda key: env.reset(key, params)
+
+        def step(key, state, action):
+            obs, state, reward, terminal, timeout, _ = env.step(key, state, action, params)
+            return obs, state, reward, terminal | timeout
+
+    elif task in BODIES and mjx:
+        reset, mjx_step = make_mjx(task)
+        limit, step = EPISODE, lambda key, state, action: mjx_step(state, action)
+    else:
+        return None
+
+    def episode(key, act):
+        key_reset, key_steps = jax.random.split(key)
+
+        def one_step(carry, key):
+            obs, state, alive = carry
+            obs, state, reward, ended = step(key, state, act(obs))
+            return (obs, state, alive & ~ended), reward * alive
+
+        carry = *reset(key_reset), jnp.array(True)
+        return jnp.sum(jax.lax.scan(one_step, carry, jax.random.split(key_steps, limit))[1])
+
+    def evaluate(key, act):
+        return jax.vmap(episode, in_axes=(0, None))(jax.random.split(key, episodes), act)
+
+    return evaluate
+
+
+def scale_action(action, low, high):
+    """[-1, 1] -> the environment's own units."""
+    return low + (action + 1.0) * 0.5 * (high - low)
+
+
+def collect(envs, policy: Callable, steps: int, seed: int) -> dict[str, np.ndarray]:
+    """`steps` transitions of policy(obs (n, O), rng) -> (n, A) in [-1, 1], in D4RL's flat layout.
+
+    Each copy of the environment is one stream of steps // num (rounded up) and the streams are laid
+    end to end, so that no episode is preferred for ending early; where a stream stops, so does an
+    episode, as if by a time-out. MuJoCo's exact states come along as infos/qpos and infos/qvel.
+    """
+    length = -(-steps // envs.num)
+    rng = np.random.default_rng(seed)
+    obs = envs.reset(seed)
+    num, act_dim = envs.num, envs.low.size
+    shapes = {
+        "observations": ((envs.obs_dim,), np.float32),
+        "actions": ((act_dim,), np.float32),
+        "rewards": ((), np.float32),
+        "terminals": ((), bool),
+        "timeouts": ((), bool),
+        "next_observations": ((envs.obs_dim,), np.float32),
+    }
+    if isinstance(envs, MujocoEnvs):
+        shapes["infos/qpos"] = ((envs.num_qpos,), np.float64)
+        shapes["infos/qvel"] = ((envs.num_qvel,), np.float64)
+    log = {k: np.empty((num, length, *shape), kind) for k, (shape, kind) in shapes.items()}
+    for t in tqdm(range(length), "collect", unit_scale=num, unit=" steps", disable=None):
+        action = scale_action(policy(obs, rng), envs.low, envs.high).astype(np.float32)
+        state = [envs.qpos, envs.qvel] if "infos/qpos" in log else []
+        state = [x.copy() for x in state]
+        next_obs, reward, terminal, timeout = envs.step(action)
+        row = (obs, action, reward, terminal, timeout, next_obs, *state)
+        for array, x in zip(log.values(), row):
+            array[:, t] = x
+        obs = envs.obs
+    log["timeouts"][:, -1] |= ~log["terminals"][:, -1]
+    return {k: v.reshape(num * length, *v.shape[2:])[:steps] for k, v in log.items()}
+
+
+# --- Helpers ---
+
+
+def require(module: str, package: str):
+    """Import it; EnvError, with the package to install, where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise EnvError(f"{module} cannot be imported ({e}); pip install {package}") from e
+
+
+def _seeds(seed: int | Sequence[int], num: int) -> np.ndarray:
+    return np.random.SeedSequence(seed).generate_state(num) if np.ndim(seed) == 0 else seed
+
+
+@contextlib.contextmanager
+def _quiet_stderr():
+    """Drop what C code writes to standard error meanwhile."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
