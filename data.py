@@ -23,10 +23,12 @@ import http.client
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -764,14 +766,15 @@ def minari_environment(found) -> Callable | None:
     return functools.partial(make, disable_env_checker=True)
 
 
-def write_minari(name: str, log: dict[str, np.ndarray], bounds: tuple, about: str) -> None:
+def write_minari(name: str, log: dict[str, np.ndarray], task: Task, about: str) -> None:
     """A log with next_observations -> a new local Minari data set, an episode for each of its own.
 
-    name: ENV/DATA-v0. bounds: of the actions, (low (A,), high (A,)). The flags of minari's steps
-    are `terminals` and `timeouts`, and an episode's last observation is its last successor.
+    name: ENV/DATA-v0. Action bounds and reference scores are the task's. An episode's last
+    observation is its last successor.
     """
     minari = require("minari", '"minari[hf]"')
     from minari.data_collector import EpisodeBuffer
+    from minari.storage.datasets_root_dir import get_dataset_path
 
     spaces = require("gymnasium", "gymnasium").spaces
     refuse_existing_export(f"minari:{name}")
@@ -786,21 +789,32 @@ def write_minari(name: str, log: dict[str, np.ndarray], bounds: tuple, about: st
             )
         )  # fmt: skip
         first = last + 1
-    low, high = (np.asarray(b, np.float32) for b in bounds)
+    low, high = (np.asarray(b, np.float32) for b in (task.action_low, task.action_high))
     shape = log["observations"].shape[1:]
-    minari.create_dataset_from_buffers(
-        name, episodes, action_space=spaces.Box(low, high, dtype=np.float32),
-        observation_space=spaces.Box(-np.inf, np.inf, shape, np.float32), description=about,
-        algorithm_name="policy-guided diffusion", data_format="hdf5",
-    )  # fmt: skip
+    whole = False
+    try:
+        with warnings.catch_warnings():  # that there is no author, no environment, ...
+            warnings.simplefilter("ignore")
+            made = minari.create_dataset_from_buffers(
+                name, episodes, action_space=spaces.Box(low, high, dtype=np.float32),
+                observation_space=spaces.Box(-np.inf, np.inf, shape, np.float32),
+                description=about, algorithm_name="policy-guided diffusion", data_format="hdf5",
+            )  # fmt: skip
+        if task.reference:
+            ref_min, ref_max = task.reference
+            made.storage.update_metadata({"ref_min_score": ref_min, "ref_max_score": ref_max})
+        whole = True
+    finally:
+        if not whole:
+            shutil.rmtree(get_dataset_path(name), ignore_errors=True)
 
 
-def export(target: str, suffix: str, log: dict, bounds: tuple, about: str) -> str:
+def export(target: str, suffix: str, log: dict, task: Task, about: str) -> str:
     """Write a log to FILE.hdf5, FILE.npz or minari:ENV/DATA-v0, a suffix put before the ending ->
     what was written."""
     if target.startswith("minari:"):
         target = re.sub(r"(-v\d+)$", rf"{suffix}\1", target)
-        write_minari(target.removeprefix("minari:"), log, bounds, about)
+        write_minari(target.removeprefix("minari:"), log, task, about)
     else:
         path = Path(target)
         target = str(path.with_name(f"{path.stem}{suffix}{path.suffix}"))
@@ -929,6 +943,7 @@ def train_policy(
     max_steps: int = 1_000_000,
     seed: int = 0,
     num_envs: int = 16,
+    hidden: tuple[int, ...] = (256, 256),
     updates_per_step: float = 1.0,
     start_steps: int = 10_000,
     eval_every: int = 5_000,
@@ -943,7 +958,7 @@ def train_policy(
 
     import agents
 
-    agent, batch_size = agents.sac(), 256
+    agent, batch_size = agents.sac(hidden=hidden), 256
     envs = sim.make_envs(task, num_envs)
     judge = sim.make_envs(task, 100 if task in sim.GYMNAX else num_envs)
     act_dim, rng = envs.low.size, np.random.default_rng(seed)
@@ -967,6 +982,7 @@ def train_policy(
         command = (
             f"python data.py train-policy {task} --out {out} --stop-at {stop_at:g} "
             f"--max-steps {max_steps} --seed {seed} --num-envs {num_envs} "
+            f"--hidden {' '.join(map(str, hidden))} "
             f"--updates-per-step {updates_per_step:g} --start-steps {start_steps} "
             f"--eval-every {eval_every}"
         )

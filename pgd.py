@@ -237,7 +237,7 @@ def make_dataset(
 
     starts = window_starts(terminals, timeouts, config.horizon, config.stride)
     episode = np.concatenate([[0], np.cumsum(terminals | timeouts)[:-1]])  # of each step
-    if len(starts) < 2:
+    if len(starts) < 2 and config.synthetic != "none":
         raise UserError(
             f"the log has {len(starts)} windows of {config.horizon} steps, its longest episode "
             f"{np.bincount(episode).max()} steps; lower --horizon or bring more data"
@@ -282,8 +282,8 @@ def split_steps(dataset: Dataset, steps: chex.Array):
     o = dataset.obs_dim
     mean, std = dataset.normalizer
     raw = steps[..., o:] * std[o:] + mean[o:]
-    done = (raw[..., -1] > 0.5).astype(jnp.float32)
-    return steps[..., :o], jnp.tanh(raw[..., :-2]), raw[..., -2], done
+    done = (raw[..., -1] > 0.5) & (mean[-1] > 0)  # a log without terminals has none
+    return steps[..., :o], jnp.tanh(raw[..., :-2]), raw[..., -2], done.astype(jnp.float32)
 
 
 def sample_windows(key, dataset: Dataset, starts: chex.Array, num: int, horizon: int):
@@ -1073,13 +1073,13 @@ def export(config: Config, session: Session, gen_state, state) -> list[str]:
         for s, parts in enumerate(logs):
             one = jax.tree.map(lambda x, s=s: x[s], made)
             parts.append(transitions_to_log(one, config.horizon, dataset))
-    bounds, written = (dataset.action_low, dataset.action_high), []
+    written = []
     for seed, parts in zip(seeds, logs):
         log = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         about = f"synthetic, guidance {config.guidance:g}, {config.agent} seed {seed}, "
         about += f"denoiser trained on {session.task.source}"
         suffix = f"-seed{seed}" if len(seeds) > 1 else ""
-        written.append(data.export(config.export, suffix, log, bounds, about))
+        written.append(data.export(config.export, suffix, log, session.task, about))
     return written
 
 

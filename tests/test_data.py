@@ -12,7 +12,6 @@ import pytest
 from conftest import real_log, toy_log
 
 import data
-import envs
 import pgd
 
 
@@ -264,39 +263,6 @@ def test_score_is_d4rls_formula():
     task = data.Task("t", {}, None, None, "", "d4rl", "halfcheetah", entry.reference)
     expected = 100 * (4770.0 + 280.178953) / (12135.0 + 280.178953)
     assert task.score(4770.0) == pytest.approx(expected, abs=1e-9)
-
-
-def test_mujoco_replays_the_published_halfcheetah_log():
-    with h5py.File(real_log("safety-halfcheetah-train.hdf5")) as f:
-        obs, action, after = (f[k][:300] for k in ("observations", "actions", "next_observations"))
-    error = ((envs.step_from("halfcheetah", obs, action) - after) / obs.std(0)) ** 2
-    assert error.mean() < 1e-5
-
-
-@pytest.mark.parametrize("task", ["pendulum", "halfcheetah", "hopper"])
-def test_collected_streams_follow_each_other_within_episodes(task):
-    copies = envs.make_envs(task, 4)
-    rng_policy = lambda obs, rng: rng.uniform(-1, 1, (len(obs), copies.low.size))
-    log = envs.collect(copies, rng_policy, 2400, seed=0)
-    data.check_log(log, "log")
-    ends = log["terminals"] | log["timeouts"]
-    inner = np.flatnonzero(~ends[:-1])
-    follows = np.abs(log["next_observations"][inner] - log["observations"][inner + 1])
-    assert (
-        follows.max() < 1e-5
-    )  # two compiled outputs of one gymnax step may differ in the last bit
-    assert ends[[599, 1199, 1799, 2399]].all()  # where the four streams stop
-    broken = np.flatnonzero(ends[:-1])
-    assert not np.any(
-        np.all(log["next_observations"][broken] == log["observations"][broken + 1], axis=1)
-    )
-    assert log["actions"].min() >= copies.low.min() and log["actions"].max() <= copies.high.max()
-    if task == "pendulum":  # 200 steps an episode, and never a terminal
-        assert ends.sum() == 12 and not log["terminals"].any()
-    if task == "hopper":  # a random hopper falls
-        assert log["terminals"].sum() > 20
-    again = envs.collect(envs.make_envs(task, 4), rng_policy, 2400, seed=0)
-    np.testing.assert_array_equal(log["observations"], again["observations"])
 
 
 def test_a_policy_file_holds_arrays_only_and_acts_like_the_agent(tmp_path):

@@ -1,0 +1,199 @@
+"""Simulators: our batched MuJoCo against gymnasium's, MJX against C, and what a run may rely on."""
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import real_log
+
+import data
+import envs
+
+BODIES = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}
+
+
+@pytest.mark.parametrize("task", BODIES)
+def test_batched_mujoco_is_gymnasiums_step_by_step(task):
+    gymnasium.logger.min_level = gymnasium.logger.ERROR
+    theirs = gymnasium.make(BODIES[task]).unwrapped
+    ours = envs.MujocoEnvs(task, 3)
+    first = ours.reset([5, 6, 7])
+    for seed, row in zip((5, 6, 7), first):
+        np.testing.assert_allclose(theirs.reset(seed=seed)[0], row, atol=1e-6)
+    rng, falls = np.random.default_rng(0), 0
+    for _ in range(200):
+        action = rng.uniform(-1, 1, (3, ours.low.size)).astype(np.float32)
+        next_obs, reward, terminal, timeout = ours.step(action)
+        obs, their_reward, their_terminal, _, _ = theirs.step(action[2])
+        np.testing.assert_allclose(obs, next_obs[2], atol=1e-5)
+        assert their_reward == pytest.approx(reward[2], abs=1e-5)
+        assert their_terminal == terminal[2] and not timeout.any()
+        if their_terminal:
+            falls += 1
+            np.testing.assert_allclose(theirs.reset()[0], ours.obs[2], atol=1e-6)
+        else:  # chaos must not decide the test
+            theirs.set_state(ours.qpos[2], ours.qvel[2])
+    assert falls > 0 or task == "halfcheetah"
+
+
+def test_a_row_of_physics_does_not_depend_on_its_neighbours_or_on_threads():
+    many, alone = envs.MujocoEnvs("hopper", 7, threads=3), envs.MujocoEnvs("hopper", 1, threads=1)
+    rng = np.random.default_rng(0)
+    many.reset(range(7))
+    alone.reset([4])
+    for _ in range(100):
+        action = rng.uniform(-1, 1, (7, 3))
+        a, b = many.step(action), alone.step(action[4:5])
+        for x, y in zip(a, b):
+            np.testing.assert_array_equal(x[4:5], y)
+
+
+def test_an_episode_ends_by_a_timeout_at_its_limit():
+    copies = envs.MujocoEnvs("halfcheetah", 2)
+    copies.limit = 5
+    copies.reset(0)
+    ends = [copies.step(np.zeros((2, 6)))[3].tolist() for _ in range(11)]
+    assert [any(e) for e in ends] == [i in (4, 9) for i in range(11)]
+    assert all(e in ([True, True], [False, False]) for e in ends)
+
+
+@pytest.mark.parametrize("task", BODIES)
+def test_mjx_steps_like_c_mujoco(task):
+    copies = envs.MujocoEnvs(task, 32)
+    copies.reset(0)
+    rng = np.random.default_rng(1)
+    for _ in range(20):  # to states with contacts and speed
+        copies.step(rng.uniform(-1, 1, (32, copies.low.size)))
+    qpos, qvel = copies.qpos, copies.qvel
+    action = rng.uniform(-1, 1, (32, copies.low.size)).astype(np.float32)
+    _, step = envs.make_mjx(task)
+    obs, after, reward, terminal = jax.jit(jax.vmap(step))(
+        (jnp.float32(qpos), jnp.float32(qvel)), action
+    )
+    true_obs, true_reward, true_terminal, _ = copies.step(action)
+    moved = np.abs(true_obs - envs.observe(copies.body, qpos, qvel))
+    error = np.abs(np.asarray(obs) - true_obs)
+    assert np.median(error) < 1e-5 and error.max() < 2e-3 < 0.1 < moved.max()
+    np.testing.assert_allclose(reward, true_reward, atol=2e-3)
+    np.testing.assert_array_equal(terminal, true_terminal)
+
+
+def test_mjx_starts_like_c_mujoco():
+    reset, _ = envs.make_mjx("halfcheetah")
+    starts = np.asarray(jax.vmap(lambda k: reset(k)[0])(jax.random.split(jax.random.key(0), 2000)))
+    theirs = envs.MujocoEnvs("halfcheetah", 2000).reset(0)
+    np.testing.assert_allclose(starts.mean(0), theirs.mean(0), atol=0.015)
+    np.testing.assert_allclose(starts.std(0), theirs.std(0), atol=0.01)
+
+
+def test_evaluation_through_mjx_adds_rewards_until_the_first_terminal(monkeypatch):
+    start, later = jnp.zeros(2), jnp.ones(2)
+    reset = lambda key: (start, jnp.int32(0))
+
+    def step(state, action):  # rewards 1, 2, 3, ... and a terminal at the third step
+        return later, state + 1, state + 1.0 + action[0], state == 2
+
+    monkeypatch.setattr(envs, "make_mjx", lambda task: (reset, step))
+    monkeypatch.setattr(envs, "EPISODE", 10)
+    assert envs.evaluator_in_program("hopper", 4) is None  # without being asked for
+    evaluate = envs.evaluator_in_program("hopper", 4, mjx=True)
+    returns = evaluate(jax.random.key(0), lambda obs: jnp.zeros(1) + 10.0 * obs[0])
+    np.testing.assert_allclose(returns, [1 + 12 + 13] * 4)  # the first action sees the start
+
+
+def test_mujoco_replays_the_published_halfcheetah_log():
+    log = data.read_log(real_log("safety-halfcheetah-train.hdf5"))
+    obs, action, after = (log[k][:300] for k in ("observations", "actions", "next_observations"))
+    error = ((envs.step_from("halfcheetah", obs, action) - after) / obs.std(0)) ** 2
+    assert error.mean() < 1e-5
+
+
+@pytest.mark.parametrize("task", ["pendulum", "halfcheetah", "hopper"])
+def test_collected_streams_follow_each_other_within_episodes(task):
+    copies = envs.make_envs(task, 4)
+    rng_policy = lambda obs, rng: rng.uniform(-1, 1, (len(obs), copies.low.size))
+    log = envs.collect(copies, rng_policy, 2400, seed=0)
+    data.check_log(log, "log")
+    ends = log["terminals"] | log["timeouts"]
+    inner = np.flatnonzero(~ends[:-1])
+    follows = np.abs(log["next_observations"][inner] - log["observations"][inner + 1])
+    assert follows.max() < 1e-5  # compiled outputs of a gymnax step may differ in the last bit
+    assert ends[[599, 1199, 1799, 2399]].all()  # where the four streams stop
+    broken = np.flatnonzero(ends[:-1])
+    assert not np.any(
+        np.all(log["next_observations"][broken] == log["observations"][broken + 1], axis=1)
+    )
+    assert log["actions"].min() >= copies.low.min() and log["actions"].max() <= copies.high.max()
+    if task == "pendulum":  # 200 steps an episode, and never a terminal
+        assert ends.sum() == 12 and not log["terminals"].any()
+    if task == "hopper":  # a random hopper falls
+        assert log["terminals"].sum() > 20
+    again = envs.collect(envs.make_envs(task, 4), rng_policy, 2400, seed=0)
+    np.testing.assert_array_equal(log["observations"], again["observations"])
+
+
+@pytest.mark.parametrize("task", ["halfcheetah", "hopper"])
+def test_a_collected_log_replays_exactly_from_its_own_states(task):
+    copies = envs.make_envs(task, 3)
+    act = lambda obs, rng: rng.uniform(-1, 1, (len(obs), copies.low.size))
+    log = envs.collect(copies, act, 900, seed=1)
+    qpos, qvel = log["infos/qpos"], log["infos/qvel"]
+    replay = envs.MujocoEnvs(task, 900)
+    after = replay.physics(qpos, qvel, log["actions"].astype(np.float64))
+    obs = envs.observe(replay.body, *after).astype(np.float32)
+    np.testing.assert_array_equal(obs, log["next_observations"])
+    inner = np.flatnonzero(~(log["terminals"] | log["timeouts"]))
+    np.testing.assert_array_equal(after[0][inner], qpos[inner + 1])
+    np.testing.assert_array_equal(after[1][inner], qvel[inner + 1])
+
+
+# --- Extras ---
+
+
+def test_maze2d_pays_at_d4rls_goal_and_moves_along_its_axes():
+    pytest.importorskip("gymnasium_robotics")
+    maze = envs.make_envs("maze2d-umaze", 2)
+    maze.reset(0)
+    inner = maze.envs[0]
+    put = lambda row, column: inner.point_env.set_state(
+        np.array([column + 0.7 - inner.maze.x_map_center, inner.maze.y_map_center - row - 0.7]),
+        np.zeros(2),
+    )  # D4RL's position + 0.2 is PointMaze's cell; + 0.5 its corner
+    put(1.0, 1.0)  # the goal
+    next_obs, reward, terminal, _ = maze.step(np.zeros((2, 2)))
+    np.testing.assert_allclose(next_obs[0], [1.0, 1.0, 0.0, 0.0], atol=1e-3)
+    assert reward[0] == 1.0 and not terminal.any()
+    put(1.0, 2.0)
+    next_obs, reward, _, _ = maze.step(np.tile([0.0, 1.0], (2, 1)))
+    assert reward[0] == 0.0 and next_obs[0, 3] > 0.01 > abs(next_obs[0, 2])  # along the column
+    put(2.0, 3.0)  # the gap of the U, open along the rows
+    for _ in range(20):
+        next_obs, _, _, _ = maze.step(np.tile([1.0, 0.0], (2, 1)))
+    assert next_obs[0, 0] > 2.1 and abs(next_obs[0, 1] - 3.0) < 0.05
+    dense = envs.make_envs("maze2d-umaze-dense", 1)
+    obs = dense.reset(3)
+    next_obs, reward, _, _ = dense.step(np.zeros((1, 2)))
+    distance = np.linalg.norm(next_obs[0, :2] - [1.0, 1.0])
+    assert reward[0] == pytest.approx(np.exp(-distance), abs=1e-5) and obs.shape == (1, 4)
+
+
+def test_adroit_has_the_dimensions_of_d4rls_logs():
+    pytest.importorskip("gymnasium_robotics")
+    door = envs.make_envs("door", 1)
+    door.reset(0)
+    assert (door.obs_dim, door.low.size, door.limit) == (39, 28, 200)
+    task = data.load("door-human", str(real_log("door-human-v0.hdf5")))
+    assert task.simulator == "door" and task.action_high.max() == 1.0
+
+
+def test_a_missing_extra_is_said_in_a_line_and_costs_the_returns_only(monkeypatch, capsys):
+    monkeypatch.setattr(envs.importlib.util, "find_spec", lambda name: None)
+    task = data.load("door-human", str(real_log("door-human-v0.hdf5")))
+    said = capsys.readouterr().err
+    assert task.simulator is None and "pip install gymnasium-robotics" in said
+
+
+def test_an_unknown_simulator_names_those_that_are_there():
+    with pytest.raises(envs.EnvError, match="halfcheetah"):
+        envs.make_envs("halfcheeta", 1)
