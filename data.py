@@ -296,10 +296,11 @@ def make_envs(simulator: str, num: int):
     """`num` host-side copies of a simulator by name; minari:NAME is the one of that data set."""
     if not simulator.startswith("minari:"):
         return sim.make_envs(simulator, num)
-    make = minari_environment(open_minari(simulator.removeprefix("minari:")))
+    found = open_minari(simulator.removeprefix("minari:"))
+    make = minari_environment(found)
     if make is None:
         raise DataError(f"{simulator} does not say in which environment it was made")
-    return sim.GymnasiumEnvs(make, num)
+    return sim.GymnasiumEnvs(make, num, space=found.observation_space)
 
 
 # --- Files: HDF5 in D4RL's layout, or npz ---
@@ -542,6 +543,7 @@ def download(entry: Entry, mirror: str | None = None) -> tuple[Path, str]:
         with open(part, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process that fetches the same
             if not path.is_file():
+                part.touch()
                 _fetch_to(entry, url, part, path, size, sha256)
                 return path, verified
     if problem := _problem(path, size, sha256):
@@ -567,11 +569,9 @@ def _fetch_to(entry: Entry, url: str, part: Path, path: Path, size: int, sha256:
                 continue
             if not part.stat().st_size:
                 part.unlink()
-            reason = getattr(e, "reason", None) or e
-            raise Unreachable(
-                f"{entry.name}: {url.split('/')[2] if '//' in url else url!r} cannot be reached "
-                f"({reason})"
-            ) from e
+            host = url.split("/")[2] if "//" in url else repr(url)
+            reason = " ".join(str(getattr(e, "reason", None) or e).split())
+            raise Unreachable(f"{entry.name} cannot be fetched from {host} ({reason})") from e
     if problem := _problem(part, size, sha256):
         part.unlink()
         raise DataError(
@@ -946,13 +946,16 @@ def train_policy(
     hidden: tuple[int, ...] = (256, 256),
     updates_per_step: float = 1.0,
     start_steps: int = 10_000,
+    start_hold: int = 1,
     eval_every: int = 5_000,
 ) -> None:
     """Train SAC online and keep its snapshots: OUT/TASK-STEPS.npz, one for every evaluation.
 
     D4RL's recipe for its logs. `updates_per_step` updates of batch 256 per environment step, replay
     of all that was seen; every `eval_every` steps the stochastic policy is judged and saved. Ends
-    with the first snapshot whose mean return passes `stop_at`, or after `max_steps`.
+    with the first snapshot whose mean return passes `stop_at`, or after `max_steps`. The first
+    `start_steps` actions are random, each held for `start_hold` steps, which finds a goal that
+    dithering does not.
     """
     import jax
 
@@ -984,6 +987,7 @@ def train_policy(
             f"--max-steps {max_steps} --seed {seed} --num-envs {num_envs} "
             f"--hidden {' '.join(map(str, hidden))} "
             f"--updates-per-step {updates_per_step:g} --start-steps {start_steps} "
+            f"--start-hold {start_hold} "
             f"--eval-every {eval_every}"
         )
         meta = {"task": task, "algorithm": "SAC", "mean_return": mean_return, "env_steps": t}
@@ -999,7 +1003,8 @@ def train_policy(
     for t in bar:
         key_act, key_learn = jax.random.split(jax.random.fold_in(key, t))
         if t < start_steps:
-            action = rng.uniform(-1.0, 1.0, (num_envs, act_dim))
+            if t // num_envs % start_hold == 0:
+                action = rng.uniform(-1.0, 1.0, (num_envs, act_dim))
         else:
             action = np.asarray(sample(key_act, state, obs))
         next_obs, reward, terminal, _ = envs.step(scale_action(action, envs.low, envs.high))
@@ -1171,6 +1176,7 @@ def replay_error(task: Task, num: int = 1000) -> tuple[np.ndarray, str]:
         states = sim.state_from_obs(log["observations"][rows], envs.num_qpos)
         what = "observations"
     made = sim.observe(envs.body, *envs.physics(*states, log["actions"][rows]))
+    made = made.astype(np.float32)  # as it is logged
     scale = log["observations"].std(0) + 1e-6
     return np.mean(((made - after) / scale) ** 2, axis=1), what
 

@@ -294,10 +294,11 @@ class GymnaxEnvs:
 class GymnasiumEnvs:
     """`num` gymnasium environments behind the interface of MujocoEnvs.
 
-    make() -> an environment with a Box of actions and observations that can be flattened.
+    make() -> an environment with a Box of actions and observations that can be flattened, in the
+    order of `space` where given.
     """
 
-    def __init__(self, make: Callable, num: int, limit: int | None = None):
+    def __init__(self, make: Callable, num: int, limit: int | None = None, space=None):
         self.gymnasium = require("gymnasium", "gymnasium[mujoco]")
         with _quiet_stderr(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
             made = [make() for _ in range(num)]
@@ -305,14 +306,15 @@ class GymnasiumEnvs:
         if self.limit is None:
             raise EnvError(f"{made[0].spec.id} has no limit on its episodes")
         self.envs = [env.unwrapped for env in made]
-        space = self.envs[0].action_space
-        if not isinstance(space, self.gymnasium.spaces.Box):
-            raise EnvError(f"{made[0].spec.id} has no continuous actions, but {space}")
-        self.low, self.high = space.low.astype(np.float32), space.high.astype(np.float32)
+        self.space = self.envs[0].observation_space if space is None else space
+        actions = self.envs[0].action_space
+        if not isinstance(actions, self.gymnasium.spaces.Box):
+            raise EnvError(f"{made[0].spec.id} has no continuous actions, but {actions}")
+        self.low, self.high = actions.low.astype(np.float32), actions.high.astype(np.float32)
         self.obs_dim = self.flatten(self.envs[0].reset(seed=0)[0]).size
 
     def flatten(self, obs) -> np.ndarray:
-        return self.gymnasium.spaces.flatten(self.envs[0].observation_space, obs)
+        return self.gymnasium.spaces.flatten(self.space, obs)
 
     def _start(self, env, seed: int | None) -> np.ndarray:
         return self.flatten(env.reset(seed=seed)[0])

@@ -237,7 +237,8 @@ def make_dataset(
 
     starts = window_starts(terminals, timeouts, config.horizon, config.stride)
     episode = np.concatenate([[0], np.cumsum(terminals | timeouts)[:-1]])  # of each step
-    if len(starts) < 2 and config.synthetic != "none":
+    needs_windows = config.synthetic != "none"
+    if len(starts) < 2 and needs_windows:
         raise UserError(
             f"the log has {len(starts)} windows of {config.horizon} steps, its longest episode "
             f"{np.bincount(episode).max()} steps; lower --horizon or bring more data"
@@ -251,7 +252,7 @@ def make_dataset(
         val = np.isin(episode[starts], held_out)
         train = ~val
     else:  # one long episode: its end is held out
-        boundary = starts[-max(1, round(config.validation * len(starts)))]
+        boundary = starts[-max(1, round(config.validation * len(starts))) :].min(initial=num)
         val, train = starts >= boundary, starts + config.horizon <= boundary
     usable = np.flatnonzero(~timeouts)
     successors = np.where(terminals[usable], usable, usable + 1)  # a terminal's is never looked at
@@ -262,7 +263,7 @@ def make_dataset(
         ("fit-batch", config.fit_batch, train.sum()),
         ("batch-size", config.batch_size, len(usable)),
     ]:
-        if size > have:
+        if size > have and (needs_windows or name == "batch-size"):
             raise UserError(f"--{name} {size} is larger than the log, which gives {have} of them")
     return Dataset(
         steps=jnp.asarray(with_after),

@@ -150,7 +150,7 @@ def test_a_log_without_a_simulator_reports_losses_and_likelihoods(tmp_path):
     "args, message",
     [
         (["--env", "pendulum-medum"], "did you mean pendulum-medium"),
-        (["--env", "hopper-medium", "--source", "d4rl"], "cannot be reached"),
+        (["--env", "hopper-medium", "--source", "d4rl"], "cannot be fetched"),
         (["--dataset-path", "nowhere.hdf5"], "there is no file nowhere.hdf5"),
         (["--dataset-path", "empty.hdf5"], "empty"),
         (["--dataset-path", "text.hdf5"], "cannot be read as HDF5"),
