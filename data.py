@@ -186,7 +186,12 @@ class Entry(NamedTuple):
 
 # Returns that score 0 and 100: the means of a uniformly random policy and of the -expert policy in
 # policies/ over 1,000 episodes, as `python data.py measure TASK` prints them.
-GYMNAX_REFERENCE = {"pendulum": (-1233.5, -167.7)}
+GYMNAX_REFERENCE = {
+    "pendulum": (-1233.5, -167.7),
+    "reacher": (15.7, 50.0),
+    "mountaincar-continuous": (-33.1, 93.4),
+    "swimmer": (84.6, 366.9),
+}
 
 MUJOCO_STEPS, GYMNAX_STEPS = 1_000_000, 100_000
 REPLAY_STEPS = {"halfcheetah": 200_000, "hopper": 400_000, "walker2d": 300_000}  # as D4RL's
