@@ -34,7 +34,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -853,7 +853,7 @@ def cache_dir() -> Path:
 
 def collected_path(entry: Entry, steps: int | None = None, seed: int = 0) -> Path:
     """Where the re-collected log of an entry is, or would be; another file for other policies."""
-    digest = hashlib.sha256(b"2")  # of this way of collecting
+    digest = hashlib.sha256(b"3")  # of this way of collecting
     for stem, _ in entry.recipe:
         file = HERE / "policies" / f"{stem}.npz"
         digest.update(stem.encode() if stem.endswith("-random") else file.read_bytes())
@@ -887,8 +887,12 @@ def load_collected(entry: Entry, steps: int | None = None, seed: int = 0) -> tup
         def make(i, stem, n):
             num = min(most, max(1, n // limit))
             whole = -(-n // (num * limit)) * limit * num  # streams of whole episodes
-            envs, policy = sim.make_envs(entry.simulator, num), _policy(entry.simulator, stem)[0]
-            log = sim.collect(envs, policy, whole, seed + 1000 * i)
+            policy, at = _policy(entry.simulator, stem)[0], seed + 1000 * i
+            if entry.simulator in sim.GYMNAX:
+                rows = whole // num
+                log = sim.collect_in_program(entry.simulator, policy.sample, num, rows, at)
+            else:
+                log = sim.collect(sim.make_envs(entry.simulator, num), policy, whole, at)
             log["timeouts"][n - 1] |= not log["terminals"][n - 1]
             return {key: array[:n] for key, array in log.items()}
 
@@ -897,12 +901,10 @@ def load_collected(entry: Entry, steps: int | None = None, seed: int = 0) -> tup
     return read_log(path), origin
 
 
-def _policy(simulator: str, stem: str) -> tuple[Callable, str]:
-    """-> (policy(obs, rng) -> action in [-1, 1], its description)."""
+def _policy(simulator: str, stem: str) -> tuple[Any, str]:
+    """-> (a Policy or UniformPolicy, its description)."""
     if stem.endswith("-random"):
-        act_dim = sim.make_envs(simulator, 1).low.size
-        uniform = lambda obs, rng: rng.uniform(-1.0, 1.0, (len(obs), act_dim))
-        return uniform, "uniformly random actions"
+        return UniformPolicy(sim.make_envs(simulator, 1).low.size), "uniformly random actions"
     policy = Policy.load(HERE / "policies" / f"{stem}.npz")
     return policy, f"SAC policy policies/{stem}.npz (mean return {policy.meta['mean_return']:.0f})"
 
@@ -929,6 +931,19 @@ class Policy:
             mean = mean + np.exp(np.clip(log_std, -5.0, 2.0)) * noise
         return np.tanh(mean)
 
+    def sample(self, key, obs):
+        """The same in JAX, for one obs (O,) -> (A,)."""
+        import jax
+        import jax.numpy as jnp
+
+        x = obs
+        for w, b in self.layers[:-1]:
+            x = jax.nn.relu(x @ w + b)
+        w, b = self.layers[-1]
+        mean, log_std = jnp.split(x @ w + b, 2)
+        noise = jax.random.normal(key, mean.shape)
+        return jnp.tanh(mean + jnp.exp(jnp.clip(log_std, -5.0, 2.0)) * noise)
+
     def save(self, path: Path) -> None:
         arrays = {f"{n}{i}": a for i, layer in enumerate(self.layers) for n, a in zip("wb", layer)}
         with atomic_path(path) as part, open(part, "wb") as f:
@@ -939,6 +954,21 @@ class Policy:
         with np.load(path, allow_pickle=False) as z:
             layers = [(z[f"w{i}"], z[f"b{i}"]) for i in range((len(z.files) - 1) // 2)]
             return cls(layers, json.loads(str(z["meta"])))
+
+
+@dataclass(frozen=True)
+class UniformPolicy:
+    """Uniformly random actions in [-1, 1], behind the interface of Policy."""
+
+    act_dim: int
+
+    def __call__(self, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return rng.uniform(-1.0, 1.0, (len(obs), self.act_dim))
+
+    def sample(self, key, obs):
+        import jax
+
+        return jax.random.uniform(key, (self.act_dim,), minval=-1.0, maxval=1.0)
 
 
 def train_policy(

@@ -528,6 +528,37 @@ def collect(envs, policy: Callable, steps: int, seed: int) -> dict[str, np.ndarr
     return {k: v.reshape(num * length, *v.shape[2:])[:steps] for k, v in log.items()}
 
 
+def collect_in_program(task: str, policy: Callable, num: int, length: int, seed: int) -> dict:
+    """The same for a gymnax task, as one compiled program: `num` streams of `length` steps of
+    policy(key, obs (O,)) -> (A,) in [-1, 1], in JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    env, params, low, high = make_gymnax(task)
+
+    @jax.jit
+    def run(key):
+        key_reset, key_steps = jax.random.split(key)
+        reset = jax.vmap(env.reset, in_axes=(0, None))
+        start = reset(jax.random.split(key_reset, num), params)
+
+        def one(key, obs, state):
+            key_act, key_env = jax.random.split(key)
+            action = scale_action(policy(key_act, obs), low, high)
+            after, state, reward, terminal, timeout, info = env.step(key_env, state, action, params)
+            row = obs, action, reward, terminal, timeout & ~terminal, info["final_observation"]
+            return (after, state), row
+
+        step = lambda carry, key: jax.vmap(one)(jax.random.split(key, num), *carry)
+        rows = jax.lax.scan(step, start, jax.random.split(key_steps, length))[1]
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), rows)
+
+    names = "observations actions rewards terminals timeouts next_observations".split()
+    log = {k: np.array(x) for k, x in zip(names, run(jax.random.key(seed)))}
+    log["timeouts"][:, -1] |= ~log["terminals"][:, -1]
+    return {k: v.reshape(num * length, *v.shape[2:]) for k, v in log.items()}
+
+
 # --- Helpers ---
 
 

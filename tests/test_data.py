@@ -473,7 +473,7 @@ def test_a_mixture_is_collected_in_its_parts_and_cached(monkeypatch):
     assert set(lengths) == {200} and len(returns) == 12
     assert returns[:6].mean() < -400 < -300 < returns[6:].mean()  # medium first, then expert
     assert "pendulum-medium.npz" in origin and "pendulum-expert.npz" in origin
-    monkeypatch.setattr(data.sim, "collect", None)  # the second time nothing is collected
+    monkeypatch.setattr(data.sim, "collect_in_program", None)  # the second time it is there
     again, _ = data.load_collected(entry, steps=2400)
     np.testing.assert_array_equal(log["observations"], again["observations"])
     assert data.collected_path(entry, 2400).name.startswith("pendulum-medium-expert-2400-0-")
@@ -502,6 +502,12 @@ def test_a_policy_file_holds_arrays_only_and_acts_like_the_agent(tmp_path):
     obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     np.testing.assert_allclose(loaded(obs, None), agent.act(state, obs), atol=1e-5)
     assert loaded.meta == {"task": "t"}
+    draws = jax.vmap(loaded.sample, in_axes=(0, None))(
+        jax.random.split(jax.random.key(0), 4000), obs[0]
+    )
+    theirs = loaded(np.tile(obs[0], (4000, 1)), np.random.default_rng(0))
+    np.testing.assert_allclose(draws.mean(0), theirs.mean(0), atol=0.05)
+    np.testing.assert_allclose(draws.std(0), theirs.std(0), atol=0.03)
 
 
 def test_training_a_policy_keeps_a_snapshot_for_every_evaluation(tmp_path):

@@ -109,11 +109,15 @@ def test_mujoco_replays_the_published_halfcheetah_log():
     assert error.mean() < 1e-5
 
 
-@pytest.mark.parametrize("task", ["pendulum", "halfcheetah", "hopper"])
+@pytest.mark.parametrize("task", ["pendulum", "pendulum in a program", "halfcheetah", "hopper"])
 def test_collected_streams_follow_each_other_within_episodes(task):
-    copies = envs.make_envs(task, 4)
-    rng_policy = lambda obs, rng: rng.uniform(-1, 1, (len(obs), copies.low.size))
-    log = envs.collect(copies, rng_policy, 2400, seed=0)
+    copies = envs.make_envs(task.split()[0], 4)
+    uniform = data.UniformPolicy(copies.low.size)
+    if task.endswith("program"):
+        collect = lambda: envs.collect_in_program("pendulum", uniform.sample, 4, 600, seed=0)
+    else:
+        collect = lambda: envs.collect(envs.make_envs(task, 4), uniform, 2400, seed=0)
+    log = collect()
     data.check_log(log, "log")
     ends = log["terminals"] | log["timeouts"]
     inner = np.flatnonzero(~ends[:-1])
@@ -125,11 +129,12 @@ def test_collected_streams_follow_each_other_within_episodes(task):
         np.all(log["next_observations"][broken] == log["observations"][broken + 1], axis=1)
     )
     assert log["actions"].min() >= copies.low.min() and log["actions"].max() <= copies.high.max()
-    if task == "pendulum":  # 200 steps an episode, and never a terminal
+    assert np.abs(log["actions"]).max() > 0.9 * copies.high.max()
+    if task.startswith("pendulum"):  # 200 steps an episode, and never a terminal
         assert ends.sum() == 12 and not log["terminals"].any()
     if task == "hopper":  # a random hopper falls
         assert log["terminals"].sum() > 20
-    again = envs.collect(envs.make_envs(task, 4), rng_policy, 2400, seed=0)
+    again = collect()
     np.testing.assert_array_equal(log["observations"], again["observations"])
 
 
