@@ -1,7 +1,8 @@
 """Speed, as ratios to this machine's own matrix multiplication rate, measured in the same run.
 
-    python bench.py                # everything, about three minutes on two cores
+    python bench.py                # everything, about five minutes on two cores
     python bench.py --json FILE    # the same for machines
+    python bench.py --only host    # logs and simulators alone: against plain ways in the same run
 
 A ratio is (floating-point operations that the method needs, counted by hand) / time / matmul rate.
 """
@@ -9,14 +10,19 @@ A ratio is (floating-point operations that the method needs, counted by hand) / 
 import argparse
 import dataclasses
 import resource
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import agents
+import data
+import envs
 import pgd
 import runs
 
@@ -141,11 +147,142 @@ def bench_agents(dataset: pgd.Dataset, rate: float, updates: int = 200):
         yield f"{name} update, batch 256{what}", per_unit, first, flop * updates / best / rate
 
 
+# --- Logs and simulators: against the plain way of doing the same ---
+
+
+def bench_host(steps: int = 100_000):
+    """Rows (what, steps per second, the plain way, ratio of the rates)."""
+    import gymnasium
+
+    gymnasium.logger.min_level = gymnasium.logger.ERROR
+    policy = data.Policy.load(data.HERE / "policies" / "halfcheetah-medium.npz")
+    rate = lambda make, num: steps / once(lambda: envs.collect(make(num), policy, steps, 0))
+    make = lambda: gymnasium.make("HalfCheetah-v4")
+    loop = rate(lambda num: envs.GymnasiumEnvs(make, num, envs.EPISODE), 20)
+    ours = rate(lambda num: envs.make_envs("halfcheetah", num), 200)
+    plain = "one gymnasium object a copy"
+    yield "collect halfcheetah, policy included, 200 copies", ours, plain, ours / loop
+
+    agent = agents.td3_bc()
+    state = agent.init(jax.random.key(0), OBS, ACT)
+    act = jax.jit(lambda obs: agent.act(state, obs))
+    for num in (10, 100):
+        results = []
+        for copies in (
+            envs.GymnasiumEnvs(make, num, envs.EPISODE),
+            envs.make_envs("halfcheetah", num),
+        ):
+            act(copies.reset(0))
+            duration = once(lambda c=copies: envs.evaluate_on_host(c, act, 0))
+            results.append(num * envs.EPISODE / duration)
+        name = f"evaluate an agent in halfcheetah, {num} episodes at once"
+        yield name, results[1], plain, results[1] / results[0]
+
+    if envs.has_mjx():
+        num, length = 16, 50
+        reset, step = envs.make_mjx("halfcheetah")
+        keys = jax.random.split(jax.random.key(0), num)
+        _, state = jax.vmap(reset)(keys)
+        action = jax.random.uniform(jax.random.key(1), (length, num, ACT), minval=-1.0)
+        scan = jax.jit(
+            lambda s, a: jax.lax.scan(lambda s, a: (jax.vmap(step)(s, a)[1], None), s, a)[0]
+        )
+        mjx = num * length / seconds(scan, state, action, repeats=2)[0]
+        yield "halfcheetah through MJX, 16 copies", mjx, "C MuJoCo, as collected above", mjx / ours
+
+    entry = data.resolve("pendulum-random")
+    uniform = data.UniformPolicy(1)
+    whole = lambda: envs.collect_in_program("pendulum", uniform.sample, 500, steps // 500, 0)
+    host = steps / once(
+        lambda: envs.collect(envs.make_envs(entry.simulator, 500), uniform, steps, 0)
+    )
+    ours = steps / once(whole)
+    yield (
+        "collect pendulum in one program, compilation included",
+        ours,
+        "a jitted step",
+        ours / host,
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield from bench_loading(Path(folder))
+
+
+def bench_loading(folder: Path, num: int = LOG_SIZE):
+    """A file of D4RL's size, as it is and compressed as D4RL's are, read in a fresh process."""
+    import h5py
+
+    rng = np.random.default_rng(0)
+    log = {
+        "observations": rng.standard_normal((num, OBS), np.float32),
+        "actions": np.tanh(rng.standard_normal((num, ACT), np.float32)),
+        "rewards": rng.standard_normal(num, np.float32),
+        "terminals": np.zeros(num, bool),
+        "timeouts": np.arange(num) % 1000 == 999,
+    }
+    log["next_observations"] = np.roll(log["observations"], -1, axis=0)
+    for name, packing in (("", {}), (", gzip", {"compression": "gzip"})):
+        path = folder / f"log{len(packing)}.hdf5"
+        with h5py.File(path, "w") as f:
+            for key, value in log.items():
+                f.create_dataset(key, data=value, **packing)
+        measure = (
+            "import re, sys, time; import data, h5py\n"
+            "status = lambda: open('/proc/self/status').read()\n"
+            "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status())[1]) * 1024\n"
+            "before, start = peak(), time.time()\n"
+            "if sys.argv[2] == 'plain':\n"
+            "    f = h5py.File(sys.argv[1]); log = {k: f[k][()] for k in f}\n"
+            "else:\n"
+            "    log = data.read_log(data.Path(sys.argv[1]))\n"
+            "size = sum(x.nbytes for x in log.values())\n"
+            "print(time.time() - start, (peak() - before) / size)"
+        )
+        found = {}
+        for way in ("plain", "ours", "plain", "ours"):  # the first to warm the file's cache
+            ask = [sys.executable, "-c", measure, str(path), way]
+            said = subprocess.run(ask, cwd=data.HERE, capture_output=True, text=True, check=True)
+            found[way] = [float(x) for x in said.stdout.split()]
+        time_, memory = found["ours"]
+        what = (
+            f"load a log of {num:,} steps{name}: {time_:.2f} s, {memory:.2f} x its size in memory"
+        )
+        yield what, num / time_, "h5py alone, unchecked", found["plain"][0] / time_
+
+
+def once(f) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["device", "host"], help="one of the two tables")
     parser.add_argument("--features", type=int, nargs="*", default=[64, 96, 128])
     parser.add_argument("--json", help="write the table here too")
     args = parser.parse_args()
+    report = {}
+    if args.only != "host":
+        report |= device_table(args.features)
+    if args.only != "device":
+        report |= host_table()
+    if args.json:
+        runs.write_json(Path(args.json), report | {"versions": runs.versions()})
+
+
+def host_table() -> dict:
+    print(f"\n| {'what':<75} | {'steps/s':>10} | {'against':<28} | ratio |")
+    print(f"|{'-' * 77}|{'-' * 12}|{'-' * 30}|{'-' * 7}|")
+    rows = []
+    for what, per_s, against, ratio in bench_host():
+        rows.append({"what": what, "steps_per_s": per_s, "against": against, "ratio": ratio})
+        print(f"| {what:<75} | {per_s:>10,.0f} | {against:<28} | {ratio:>5.1f} |", flush=True)
+    return {"host": rows}
+
+
+def device_table(features: list[int]) -> dict:
     rate = matmul_rate()
     device = jax.devices()[0].device_kind
     print(f"{device}: matmul {rate / 1e9:.0f} GFLOP/s\n", file=sys.stderr)
@@ -161,14 +298,12 @@ def main() -> None:
 
     for row in bench_agents(dataset, rate):
         show(row)
-    for features in args.features:
-        for row in bench_denoiser(features, dataset, rate):
+    for num in features:
+        for row in bench_denoiser(num, dataset, rate):
             show(row)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\npeak resident memory with a log of {LOG_SIZE:,} steps: {peak:.0f} MB")
-    if args.json:
-        report = {"device": device, "matmul_gflops": rate / 1e9, "peak_mb": peak, "rows": rows}
-        runs.write_json(runs.Path(args.json), report | {"versions": runs.versions()})
+    return {"device": device, "matmul_gflops": rate / 1e9, "peak_mb": peak, "rows": rows}
 
 
 if __name__ == "__main__":
