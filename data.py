@@ -1243,18 +1243,28 @@ def collect_command(
     name: tyro.conf.Positional[str],
     steps: int | None = None,
     seed: int = 0,
-    out: Path | None = None,
+    out: str | None = None,
 ) -> None:
-    """Collect the log of shipped policies into the cache, or copy it to --out FILE.hdf5."""
+    """Collect the log of shipped policies into the cache; --out FILE.hdf5, FILE.npz or
+    minari:ENV/DATA-v0 puts a copy there."""
     entry = resolve(name)
     if entry.recipe is None:
         raise DataError(f"no policy is shipped to collect {entry.name} with; python data.py list")
     if out is not None:
-        refuse_existing_export(str(out))
+        refuse_existing_export(out)
     log, origin = load_collected(entry, steps, seed)
-    if out is not None:
-        write_log(out, log, {"source": origin})
-    print(f"{out or collected_path(entry, steps, seed)}: {origin}")
+    path = collected_path(entry, steps, seed)
+    if out is not None and Path(out).suffix in (".hdf5", ".h5"):
+        with atomic_path(Path(out)) as part:  # with the simulator's states
+            shutil.copyfile(path, part)
+    elif out is not None:
+        one = make_envs(entry.simulator, 1)
+        bounds = one.low, one.high
+        task = Task(
+            entry.name, log, *bounds, origin, "collect", entry.simulator, entry.reference, path
+        )
+        export(out, "", log, task, origin)
+    print(f"{out or path}: {origin}")
 
 
 def download_command(name: tyro.conf.Positional[str], mirror: str | None = None) -> None:

@@ -783,3 +783,19 @@ def test_a_minari_set_is_judged_in_the_environment_it_names(tmp_path, monkeypatc
     returns = envs.evaluate_on_host(copies, lambda obs: np.zeros((2, 1)), 0)
     assert copies.limit == 200 and np.all(returns < -100)
     np.testing.assert_allclose(copies.reset([0, 1])[0], task.log["observations"][0], atol=1e-6)
+
+
+def test_a_collected_log_goes_out_as_a_file_with_its_states_and_as_minari(
+    tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    ask = ["collect", "hopper-random", "--steps", 2000, "--out"]
+    say(capsys, monkeypatch, *ask, tmp_path / "a.hdf5")
+    say(capsys, monkeypatch, *ask, "minari:hopper/random-v0")
+    log, same = data.read_log(tmp_path / "a.hdf5"), data.load("minari:hopper/random-v0").log
+    for key in log:
+        np.testing.assert_array_equal(log[key], same[key])
+    assert log["terminals"].sum() > 20
+    with h5py.File(tmp_path / "a.hdf5") as f:
+        assert f["infos/qpos"].shape == (2000, 6) and f["infos/qpos"].dtype == np.float64
