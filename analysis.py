@@ -47,8 +47,7 @@ def dynamics_error(run_dir: str, num: int = 256, weight: float = 0.0, **sampler)
         t = diffusion.generate(jax.random.key(1), gen_state, log_prob, weight, dataset)
         unit = lambda x: x.reshape(num, config.horizon, -1)[:, :-1]
         obs, next_obs, action = unit(t.obs), unit(t.next_obs), unit(t.action)
-        low, high = dataset.action_low, dataset.action_high
-        return obs, next_obs, low + (action + 1) * 0.5 * (high - low)
+        return obs, next_obs, pgd.unscale_action(dataset, action)
 
     obs, next_obs, action = generate(gen_state, first, dataset)
     mean, std = (np.asarray(x[: dataset.obs_dim]) for x in dataset.normalizer)

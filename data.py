@@ -782,7 +782,6 @@ def write_minari(name: str, log: dict[str, np.ndarray], task: Task, about: str) 
     from minari.storage.datasets_root_dir import get_dataset_path
 
     spaces = require("gymnasium", "gymnasium").spaces
-    refuse_existing_export(f"minari:{name}")
     first, episodes = 0, []
     for last in np.flatnonzero(log["terminals"] | log["timeouts"]):
         rows = slice(first, last + 1)
@@ -814,24 +813,26 @@ def write_minari(name: str, log: dict[str, np.ndarray], task: Task, about: str) 
             shutil.rmtree(get_dataset_path(name), ignore_errors=True)
 
 
-def export(target: str, suffix: str, log: dict, task: Task, about: str) -> str:
-    """Write a log to FILE.hdf5, FILE.npz or minari:ENV/DATA-v0, a suffix put before the ending ->
-    what was written."""
+def export(target: str, log: dict, task: Task, about: str) -> None:
+    """Write a log to FILE.hdf5, FILE.npz or minari:ENV/DATA-v0."""
     if target.startswith("minari:"):
-        target = re.sub(r"(-v\d+)$", rf"{suffix}\1", target)
         write_minari(target.removeprefix("minari:"), log, task, about)
     else:
-        path = Path(target)
-        target = str(path.with_name(f"{path.stem}{suffix}{path.suffix}"))
         write_log(target, log, {"source": about})
-    return target
+
+
+def export_target(target: str, seed: int, num_seeds: int) -> str:
+    """The file or Minari name of one seed: its own, with the seed in it, where there are many."""
+    if num_seeds == 1:
+        return target
+    return re.sub(r"(-v\d+|\.\w+)$", rf"-seed{seed}\1", target)
 
 
 def refuse_existing_export(target: str) -> None:
-    """DataError where an export would overwrite something, or has no proper name."""
+    """DataError where an export would overwrite something, or has no proper name or folder."""
     if target.startswith("minari:"):
         name = resolve(target).minari
-        require("minari", '"minari[hf]"')
+        require("minari", "minari")
         from minari.storage.datasets_root_dir import get_dataset_path
 
         if get_dataset_path(name).exists():
@@ -840,6 +841,8 @@ def refuse_existing_export(target: str) -> None:
         raise DataError(f"{target!r} should end in .hdf5 or .npz, or be minari:ENV/DATA-v0")
     elif Path(target).exists():
         raise DataError(f"{target} already exists; name another file")
+    elif not os.access(next(p for p in Path(target).absolute().parents if p.exists()), os.W_OK):
+        raise DataError(f"{target} lies in a folder that cannot be written to")
 
 
 # --- Re-collected logs ---
@@ -1263,7 +1266,7 @@ def collect_command(
         task = Task(
             entry.name, log, *bounds, origin, "collect", entry.simulator, entry.reference, path
         )
-        export(out, "", log, task, origin)
+        export(out, log, task, origin)
     print(f"{out or path}: {origin}")
 
 

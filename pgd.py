@@ -38,9 +38,7 @@ import optax
 class Config:
     # --- Run ---
     env: str | None = None  # task, D4RL's name or a gymnax one; pendulum-medium if nothing is given
-    dataset_path: str | None = (
-        None  # train on this HDF5 or npz file; --env then names its simulator
-    )
+    dataset_path: str | None = None  # train on this HDF5 or npz file; --env names its simulator
     agent: str = "td3_bc"  # algorithm in agents.py: bc, td3_bc or iql
     synthetic: Literal["diffusion", "none"] = "diffusion"  # what the agent trains on; none: the log
     preset: Literal["default", "smoke", "laptop", "paper"] = "default"  # sets the defaults below
@@ -51,10 +49,8 @@ class Config:
     source: Literal["auto", "d4rl", "minari", "collect"] = "auto"  # where a D4RL name's log is from
     out: str | None = None  # run folder; runs/<env>-<agent>-<synthetic>-<time> if not given
     resume: str | None = None  # go on with the run in this folder, under its own settings alone
-    export: str | None = (
-        None  # write synthetic data of the final policy: FILE.hdf5, .npz or minari:NAME
-    )
-    export_steps: int = 100_000  # transitions to write, rounded up to whole rounds of trajectories
+    export: str | None = None  # where to write synthetic data: FILE.hdf5, FILE.npz or minari:NAME
+    export_steps: int = 100_000  # at least so many transitions, under each seed's final policy
 
     # --- Trajectories ---
     horizon: int = 32  # T, steps in a window
@@ -106,9 +102,7 @@ class Config:
 
     # --- Evaluation ---
     eval_episodes: int = 10  # per seed and round
-    physics: Literal["auto", "c", "mjx"] = (
-        "auto"  # MuJoCo's; auto: C, or MJX for --fused if it is there
-    )
+    physics: Literal["auto", "c", "mjx"] = "auto"  # MuJoCo in C or JAX; auto: JAX with --fused
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -285,6 +279,11 @@ def split_steps(dataset: Dataset, steps: chex.Array):
     raw = steps[..., o:] * std[o:] + mean[o:]
     done = (raw[..., -1] > 0.5) & (mean[-1] > 0)  # a log without terminals has none
     return steps[..., :o], jnp.tanh(raw[..., :-2]), raw[..., -2], done.astype(jnp.float32)
+
+
+def unscale_action(dataset: Dataset, action: chex.Array) -> chex.Array:
+    """[-1, 1] -> the environment's own units."""
+    return dataset.action_low + (action + 1.0) * 0.5 * (dataset.action_high - dataset.action_low)
 
 
 def sample_windows(key, dataset: Dataset, starts: chex.Array, num: int, horizon: int):
@@ -683,8 +682,7 @@ def make_act(agent, agent_state, dataset: Dataset) -> Callable:
 
     def act(obs):
         action = agent.act(agent_state, (obs - mean) / std)
-        low, high = dataset.action_low, dataset.action_high
-        return low + (jnp.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
+        return unscale_action(dataset, jnp.clip(action, -1.0, 1.0))
 
     return act
 
@@ -906,7 +904,8 @@ def build(config: Config) -> Session:
 
     check_config(config)
     if config.export:
-        data.refuse_existing_export(config.export)
+        for seed in range(config.seed, config.seed + config.num_seeds):
+            data.refuse_existing_export(data.export_target(config.export, seed, config.num_seeds))
     try:
         agent = agents.make_agent(config.agent)
     except ValueError as e:
@@ -942,9 +941,12 @@ def run(config: Config) -> dict:
     if config.resume:
         asked = config
         folder, config, fingerprint = runs.Run.resume(config.resume, Config)
-        config = dataclasses.replace(
-            config, export=asked.export or config.export, export_steps=asked.export_steps
-        )
+        if asked.export:
+            config = dataclasses.replace(
+                config, export=asked.export, export_steps=asked.export_steps
+            )
+        elif (folder.folder / "final.json").exists():  # it has exported what it was to export
+            config = dataclasses.replace(config, export=None)
     elif config.out:
         runs.refuse_existing(config.out)  # now, not after minutes of loading
     session = build(config)
@@ -961,11 +963,11 @@ def run(config: Config) -> dict:
 
     gen_state, state = (run_fused if config.fused else run_chunks)(config, session, folder)
     held_out = jax.jit(session.trainer.generator.validate)(gen_state, session.dataset)
+    written = export(config, session, gen_state, state) if config.export else []
     final = folder.summary(config, session.task)
     folder.finish(final | {name: float(np.mean(value)) for name, value in held_out.items()})
-    if config.export:
-        for target in export(config, session, gen_state, state):
-            print(f"exported: {target}")
+    for target in written:
+        print(f"exported: {target}")
     return final
 
 
@@ -1045,10 +1047,9 @@ def transitions_to_log(t: Transition, horizon: int, dataset: Dataset) -> dict[st
     keep[:, -1] &= done[:, -1]
     last = keep & (np.cumsum(keep, axis=1) == keep.sum(1, keepdims=True))
     mean, std = (np.asarray(x[: dataset.obs_dim]) for x in dataset.normalizer)
-    low, high = np.asarray(dataset.action_low), np.asarray(dataset.action_high)
     return {
         "observations": t.obs[keep] * std + mean,
-        "actions": low + (t.action[keep] + 1.0) * 0.5 * (high - low),
+        "actions": np.asarray(unscale_action(dataset, t.action[keep])),
         "rewards": t.reward[keep],
         "terminals": done[keep],
         "timeouts": (last & ~done)[keep],
@@ -1079,8 +1080,9 @@ def export(config: Config, session: Session, gen_state, state) -> list[str]:
         log = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         about = f"synthetic, guidance {config.guidance:g}, {config.agent} seed {seed}, "
         about += f"denoiser trained on {session.task.source}"
-        suffix = f"-seed{seed}" if len(seeds) > 1 else ""
-        written.append(data.export(config.export, suffix, log, session.task, about))
+        target = data.export_target(config.export, seed, len(seeds))
+        data.export(target, log, session.task, about)
+        written.append(target)
     return written
 
 
