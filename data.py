@@ -21,11 +21,15 @@ import functools
 import hashlib
 import http.client
 import json
+import logging
+import lzma
 import os
 import re
 import shutil
 import sys
+import tempfile
 import time
+import tokenize
 import urllib.error
 import urllib.request
 import warnings
@@ -91,7 +95,7 @@ class Task:
     def fingerprint(self) -> str:
         """A short hash of the log, to know it again when a run is resumed."""
         digest = hashlib.sha256()
-        for key in KEYS:
+        for key in self.log:
             digest.update(np.ascontiguousarray(self.log[key]).data)
         return digest.hexdigest()[:16]
 
@@ -118,8 +122,12 @@ def load(name: str | None = None, path: str | None = None, source: Source = "aut
         raise DataError("name a task or give a file")
     bounds = file = None
     if path is not None:
+        if source != "auto":
+            raise DataError("--source says where the log of a name is from; a file needs none")
         file = Path(path)
         limit = entry.limit if entry else None
+        if entry and entry.simulator in sim.GYMNAX:
+            limit = sim.make_envs(entry.simulator, 1).limit
         log, origin, kind = read_log(Path(path), limit), f"file {Path(path).name}", source
     elif entry.minari or source == "minari":
         entry, log, bounds, origin = read_minari(entry)
@@ -257,7 +265,7 @@ def resolve(name: str) -> Entry:
         if not re.fullmatch(r"minari:[\w-]+(/[\w-]+)*-v\d+", name):
             raise DataError(f"{name!r} is no Minari name; it should look like minari:ENV/DATA-v0")
         return Entry(name, name, None, minari=name.removeprefix("minari:"))
-    known = registry()
+    known, name = registry(), name.strip().lower()
     without_version = {full.rsplit("-v", 1)[0]: full for full in known}
     full = name if name in known else without_version.get(name)
     if full is None:
@@ -325,7 +333,7 @@ def read_log(path: Path, limit: int | None = None) -> dict[str, np.ndarray]:
         raise DataError(f"{path} is empty; fetch or write it again")
     try:
         log = _read_npz(path) if path.suffix == ".npz" else _read_hdf5(path)
-    except (OSError, RuntimeError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+    except DAMAGE as e:
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES):
             raise
         kind = "npz" if path.suffix == ".npz" else "HDF5"
@@ -344,6 +352,13 @@ def read_log(path: Path, limit: int | None = None) -> dict[str, np.ndarray]:
             "back from; add the array, or name the task with --env"
         )
     return log
+
+
+# What h5py, zipfile and numpy raise on files that are not what they should be
+DAMAGE = (
+    OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile,
+    zlib.error, lzma.LZMAError, tokenize.TokenError,
+)  # fmt: skip
 
 
 def check_declared(path: Path, sizes: dict[str, int]) -> None:
@@ -372,7 +387,7 @@ def _check_kinds(path: Path, kinds: dict[str, tuple[np.dtype, tuple]]) -> None:
             raise DataError(f"{path}: {key} holds Python objects, which are never loaded")
         if dtype.kind not in "fiub":
             raise DataError(f"{path}: {key} holds {dtype}, not numbers")
-        if len(shape) not in (1, 2):
+        if shape is None or len(shape) not in (1, 2):
             raise DataError(f"{path}: {key} has shape {shape}, it should be (N, ...)")
     check_declared(
         path,
@@ -388,12 +403,8 @@ def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
     with h5py.File(path, "r") as f:
         found = {}
         for key in (*KEYS, SUCCESSORS):
-            if isinstance(f.get(key, getlink=True), h5py.ExternalLink):
-                raise DataError(f"{path}: {key} points into another file, which is not followed")
             if isinstance(f.get(key), h5py.Dataset):
-                found[key] = f[key]
-                if f[key].external or f[key].is_virtual:
-                    raise DataError(f"{path}: {key} lies in another file, which is not followed")
+                found[key] = own_dataset(f, key)
         _check_kinds(path, {key: (x.dtype, x.shape) for key, x in found.items()})
         log = {}
         for key, x in found.items():  # straight into one float32 array, or a bool one as it is
@@ -401,6 +412,14 @@ def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
             if log[key].size:
                 x.read_direct(log[key])
         return log
+
+
+def own_dataset(f, key: str):
+    """f[key], which may lie in no other file: DataError for links, raw files and virtual sets."""
+    x = f[key]
+    if x.file.filename != f.filename or x.external or x.is_virtual:
+        raise DataError(f"{f.filename}: {key} lies in another file, which is not followed")
+    return x
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -416,7 +435,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
                     shape, _, dtype = read(f)
                     kinds[key] = dtype, shape
     _check_kinds(path, kinds)
-    with np.load(path, allow_pickle=False) as z:
+    with np.load(path, allow_pickle=False) as z, np.errstate(over="ignore"):
         as_is = lambda x: x if x.dtype == bool else x.astype(np.float32, copy=False)
         return {key: as_is(z[key]) for key in kinds}
 
@@ -488,7 +507,7 @@ def write_log(path: Path | str, log: dict[str, np.ndarray], about: dict[str, str
     path = Path(path)
     if path.suffix == ".npz":
         with atomic_path(path) as part, open(part, "wb") as f:
-            np.savez(f, **log)
+            np.savez(f, **log, **about)
     else:
         write_parts(path, [log], len(log["rewards"]), about)
 
@@ -513,9 +532,17 @@ def write_parts(path: Path, parts: Iterable[dict], rows: int, about: dict[str, s
             raise OSError(f"{path} could not be written ({e})") from e
 
 
+def make_folder(folder: Path, variable: str) -> None:
+    """DataError, naming the variable that moves it, where the folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise DataError(f"{folder} cannot be made ({e.strerror}); set {variable}") from e
+
+
 # --- D4RL's host, or a mirror of it ---
 
-STALL = float(os.environ.get("PGD_TIMEOUT", "20"))  # seconds without a byte before trying again
+STALL = 20.0  # seconds without a byte before trying again
 
 
 class Unreachable(Exception):
@@ -544,7 +571,7 @@ def download(entry: Entry, mirror: str | None = None) -> tuple[Path, str]:
     if not path.is_file():
         mirror = mirror or os.environ.get("PGD_MIRROR")
         url = f"{mirror.rstrip('/')}/{path.name}" if mirror else row["url"]
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, "D4RL_DATASET_DIR")
         with open(part, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process that fetches the same
             if not path.is_file():
@@ -675,7 +702,10 @@ MINARI_NAMES = {  # D4RL's task -> Minari's data set on it; the MuJoCo ones are 
 def open_minari(name: str):
     """A Minari data set, local or fetched by the minari package; DataError where it is not to be
     had."""
-    minari = require("minari", '"minari[hf]"')
+    minari = require("minari", "minari")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
+    folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
+    make_folder(Path(folder).expanduser(), "MINARI_DATASETS_PATH")
     try:
         return minari.load_dataset(name, download=True)
     except Exception as e:  # whatever the package, its hub client or the file raises
@@ -700,11 +730,36 @@ def read_minari(entry: Entry):
     spaces = require("gymnasium", "gymnasium").spaces
     if not isinstance(found.action_space, spaces.Box):
         raise DataError(f"minari:{name} has no continuous actions, but {found.action_space}")
+    try:
+        log = _read_episodes(found, name)
+        about = found.storage.metadata
+        reference = about.get("ref_min_score"), about.get("ref_max_score")
+        reference = None if None in reference else tuple(map(float, reference))
+    except (*DAMAGE, IndexError, AttributeError, MemoryError) as e:
+        raise DataError(
+            f"minari:{name} is damaged ({type(e).__name__}); remove it and fetch or write it again"
+        ) from e
+    check_log(log, f"minari:{name}")
+    known = entry._replace(
+        name=f"minari:{name}",
+        minari=name,
+        simulator=f"minari:{name}" if minari_environment(found) else None,
+        reference=reference if reference and reference[0] < reference[1] else None,
+    )
+    space = found.action_space
+    bounds = np.ravel(space.low).astype(np.float32), np.ravel(space.high).astype(np.float32)
+    return known, log, bounds, f"Minari {name}"
+
+
+def _read_episodes(found, name: str) -> dict[str, np.ndarray]:
+    """Every episode of a Minari data set, end to end."""
     num, made, at = int(found.total_steps), None, 0
     for episode in tqdm(found.iterate_episodes(), name, total=found.total_episodes, disable=None):
         obs = _flatten(found.observation_space, episode.observations, f"minari:{name}")
         action = _flatten(found.action_space, episode.actions, f"minari:{name}")
-        if len(obs) != len(action) + 1 or at + len(action) > num:
+        if at + len(action) > num:
+            raise DataError(f"minari:{name} has more than the {num} steps that it declares")
+        if len(obs) != len(action) + 1:
             raise DataError(f"minari:{name}: episode {episode.id} has {len(obs)} observations for "
                             f"{len(action)} actions; it should be one more")  # fmt: skip
         if not len(action):
@@ -724,19 +779,7 @@ def read_minari(entry: Entry):
         at += len(action)
     if not at:
         raise DataError(f"minari:{name} is empty")
-    log = {key: array[:at] for key, array in made.items()}
-    check_log(log, f"minari:{name}")
-    about = found.storage.metadata
-    reference = about.get("ref_min_score"), about.get("ref_max_score")
-    known = entry._replace(
-        name=f"minari:{name}",
-        minari=name,
-        simulator=f"minari:{name}" if minari_environment(found) else None,
-        reference=None if None in reference else tuple(map(float, reference)),
-    )
-    space = found.action_space
-    bounds = np.ravel(space.low).astype(np.float32), np.ravel(space.high).astype(np.float32)
-    return known, log, bounds, f"Minari {name}"
+    return {key: array[:at] for key, array in made.items()}
 
 
 def _flatten(space, x, where: str) -> np.ndarray:
@@ -755,20 +798,30 @@ def _flatten(space, x, where: str) -> np.ndarray:
 
 def minari_environment(found) -> Callable | None:
     """-> make(), the environment a Minari data set was made in, if it is one that gymnasium or
-    gymnasium-robotics registers; a data set's own code is never run."""
-    if found.env_spec is None:
+    gymnasium-robotics registers and can make here; a data set's own code is never run."""
+    spec = found.env_spec
+    if spec is None or spec.max_episode_steps is None:
         return None
     gymnasium = require("gymnasium", "gymnasium")
-    name, settings = found.env_spec.id, dict(found.env_spec.kwargs)
+    gymnasium.logger.min_level = gymnasium.logger.ERROR
     with contextlib.suppress(ImportError):
         import gymnasium_robotics
 
         gymnasium.register_envs(gymnasium_robotics)
-    if name not in gymnasium.registry or found.env_spec.max_episode_steps is None:
-        return None
-    limit = found.env_spec.max_episode_steps
-    make = functools.partial(gymnasium.make, name, max_episode_steps=limit, **settings)
-    return functools.partial(make, disable_env_checker=True)
+    settings = dict(spec.kwargs) | {"max_episode_steps": spec.max_episode_steps}
+    make = functools.partial(gymnasium.make, spec.id, disable_env_checker=True, **settings)
+    reason = "no such environment is registered here"
+    if spec.additional_wrappers:
+        reason = "it was wrapped"
+    elif spec.id in gymnasium.registry:
+        try:
+            make().close()
+            return make
+        except Exception as e:  # whatever an environment raises on settings it does not know
+            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+    _say(f"{spec.id}, in which this log was made, cannot be used to judge ({reason}); going on "
+         "without returns")  # fmt: skip
+    return None
 
 
 def write_minari(name: str, log: dict[str, np.ndarray], task: Task, about: str) -> None:
@@ -793,6 +846,10 @@ def write_minari(name: str, log: dict[str, np.ndarray], task: Task, about: str) 
             )
         )  # fmt: skip
         first = last + 1
+    size = 2 * sum(array.nbytes for array in log.values())
+    make_folder(get_dataset_path(), "MINARI_DATASETS_PATH")
+    if size > shutil.disk_usage(get_dataset_path()).free:
+        raise DataError(f"{get_dataset_path()} has no room for {size / 1e6:.0f} MB")
     low, high = (np.asarray(b, np.float32) for b in (task.action_low, task.action_high))
     shape = log["observations"].shape[1:]
     whole = False
@@ -808,6 +865,8 @@ def write_minari(name: str, log: dict[str, np.ndarray], task: Task, about: str) 
             ref_min, ref_max = task.reference
             made.storage.update_metadata({"ref_min_score": ref_min, "ref_max_score": ref_max})
         whole = True
+    except (RuntimeError, ValueError, OSError) as e:
+        raise DataError(f"minari:{name} could not be written ({e})") from e
     finally:
         if not whole:
             shutil.rmtree(get_dataset_path(name), ignore_errors=True)
@@ -833,16 +892,26 @@ def refuse_existing_export(target: str) -> None:
     if target.startswith("minari:"):
         name = resolve(target).minari
         require("minari", "minari")
+        from minari.dataset.minari_dataset import parse_dataset_id
         from minari.storage.datasets_root_dir import get_dataset_path
 
+        try:
+            parse_dataset_id(name)
+        except ValueError as e:
+            raise DataError(f"{target!r} is no name for Minari; try minari:task/data-v0") from e
         if get_dataset_path(name).exists():
             raise DataError(f"Minari already has a data set {name}; raise its version")
     elif Path(target).suffix not in (".hdf5", ".h5", ".npz"):
         raise DataError(f"{target!r} should end in .hdf5 or .npz, or be minari:ENV/DATA-v0")
     elif Path(target).exists():
         raise DataError(f"{target} already exists; name another file")
-    elif not os.access(next(p for p in Path(target).absolute().parents if p.exists()), os.W_OK):
-        raise DataError(f"{target} lies in a folder that cannot be written to")
+    else:
+        require("h5py", "h5py")
+        try:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=Path(target).parent).close()
+        except OSError as e:
+            raise DataError(f"{target} cannot be written ({e.strerror}); name another file") from e
 
 
 # --- Re-collected logs ---
@@ -872,12 +941,11 @@ def load_collected(entry: Entry, steps: int | None = None, seed: int = 0) -> tup
     """
     parts = entry.recipe
     if steps is not None:
-        if steps < len(parts):
-            raise DataError(f"--steps must be at least {len(parts)}")
         cuts = np.linspace(0, steps, len(parts) + 1).astype(int)
         parts = tuple((stem, int(n)) for (stem, _), n in zip(parts, np.diff(cuts)))
     total = sum(n for _, n in parts)
     path = collected_path(entry, steps, seed)
+    make_folder(path.parent, "PGD_CACHE")
     described = "; ".join(_policy(entry.simulator, stem)[1] for stem, _ in parts)
     origin = f"re-collected, not D4RL's: {described}" if entry.d4rl else f"collected: {described}"
     origin = f"{origin}; {total:,} steps, seed {seed}"
@@ -999,6 +1067,11 @@ def train_policy(
 
     import agents
 
+    at_least(0, seed=seed, start_steps=start_steps)
+    at_least(
+        1, max_steps=max_steps, num_envs=num_envs, start_hold=start_hold, eval_every=eval_every,
+        hidden=min(hidden, default=0),
+    )  # fmt: skip
     agent, batch_size = agents.sac(hidden=hidden), 256
     envs = sim.make_envs(task, num_envs)
     judge = sim.make_envs(task, 100 if task in sim.GYMNAX else num_envs)
@@ -1097,6 +1170,13 @@ def atomic_path(path: Path):
 # --- Command line ---
 
 
+def at_least(least: int, **flags: int | None) -> None:
+    """DataError for a number that is too small, or absurd."""
+    for name, value in flags.items():
+        if value is not None and not least <= value < 2**31:
+            raise DataError(f"--{name.replace('_', '-')} must be at least {least}, and below 2^31")
+
+
 def collectable_size(entry: Entry) -> str:
     return f"{sum(n for _, n in entry.recipe):,} steps" if entry.recipe else ""
 
@@ -1138,6 +1218,8 @@ def info_command(
 ) -> None:
     """Sizes, episodes, returns, actions, ends and hash of a log, by name or file; --picture
     FILE.png draws its returns."""
+    if picture is not None and (picture.suffix != ".png" or picture.exists()):
+        raise DataError(f"{picture} should end in .png and not exist yet")
     is_file = Path(name).suffix in (".hdf5", ".h5", ".npz")
     task = load(None if is_file else name, name if is_file else None, source)
     log, (returns, lengths) = task.log, episode_returns(task.log)
@@ -1226,11 +1308,13 @@ def read_states(path: Path | None, rows: np.ndarray) -> tuple[np.ndarray, np.nda
     with require("h5py", "h5py").File(path, "r") as f:
         if "infos/qpos" not in f or "infos/qvel" not in f:
             return None
-        return f["infos/qpos"][rows], f["infos/qvel"][rows]
+        qpos, qvel = (own_dataset(f, key) for key in ("infos/qpos", "infos/qvel"))
+        return qpos[rows], qvel[rows]
 
 
 def measure(task: tyro.conf.Positional[str], episodes: int = 1000) -> None:
     """Mean undiscounted return of a random policy and of every policy shipped for `task`."""
+    at_least(1, episodes=episodes)
     envs = sim.make_envs(task, 100)
     shipped = [p.stem for p in sorted((HERE / "policies").glob(f"{task}-*.npz"))]
     for stem in [f"{task}-random", *shipped]:
@@ -1253,6 +1337,8 @@ def collect_command(
     entry = resolve(name)
     if entry.recipe is None:
         raise DataError(f"no policy is shipped to collect {entry.name} with; python data.py list")
+    at_least(0, seed=seed)
+    at_least(len(entry.recipe), steps=steps)
     if out is not None:
         refuse_existing_export(out)
     log, origin = load_collected(entry, steps, seed)
@@ -1298,7 +1384,9 @@ def main() -> None:
     }
     try:
         tyro.extras.subcommand_cli_from_dict(commands)
-    except (DataError, sim.EnvError, OSError) as e:
+    except BrokenPipeError:  # the reader, head perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (DataError, sim.EnvError, OSError, MemoryError) as e:
         print(f"data.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -97,7 +97,7 @@ class MujocoEnvs:
         self.body, self.model = load_body(task)
         mujoco = require("mujoco", "gymnasium[mujoco]")
         rollout = require("mujoco.rollout", "gymnasium[mujoco]")
-        threads = min(threads or len(os.sched_getaffinity(0)), num)
+        threads = min(threads or _cores(), num)
         self._pool = rollout.Rollout(nthread=threads)
         self._data = [mujoco.MjData(self.model) for _ in range(threads)]
         self._models = [self.model] * num
@@ -185,7 +185,10 @@ def step_from(simulator: str, obs: np.ndarray, action: np.ndarray) -> np.ndarray
 
 
 def has_mjx() -> bool:
-    return importlib.util.find_spec("mujoco.mjx") is not None
+    """Whether mujoco-mjx is installed."""
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.util.find_spec("mujoco.mjx") is not None
+    return False
 
 
 def make_mjx(task: str):
@@ -362,6 +365,7 @@ MAZES |= {f"{name}-dense": maze for name, maze in MAZES.items()}
 def make_robotics(name: str, **settings):
     """An environment of gymnasium-robotics; EnvError where that is not installed."""
     gymnasium = require("gymnasium", "gymnasium[mujoco]")
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # its notices are in the README
     gymnasium.register_envs(require("gymnasium_robotics", "gymnasium-robotics"))
     return gymnasium.make(name, disable_env_checker=True, **settings)
 
@@ -560,6 +564,12 @@ def collect_in_program(task: str, policy: Callable, num: int, length: int, seed:
 
 
 # --- Helpers ---
+
+
+def _cores() -> int:
+    """That this process may use."""
+    ask = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(ask(0)) if ask else os.cpu_count()
 
 
 def require(module: str, package: str):

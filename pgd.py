@@ -841,19 +841,19 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     import tyro
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="default")
-    parser.add_argument("--env", default=DEFAULT_ENV)
+    parser.add_argument("--preset")
+    parser.add_argument("--env")
     parser.add_argument("--dataset-path", "--dataset_path")
     parser.add_argument("--resume")
     parser.add_argument("--export")
     parser.add_argument("--export-steps", "--export_steps")
     known, others = parser.parse_known_args(argv)
-    if known.resume and (others or known.dataset_path or "--env" in argv or "--preset" in argv):
+    if known.resume and (others or known.dataset_path or known.env or known.preset):
         raise UserError(
             "--resume takes no other flags but --export: a run goes on under its own settings"
         )
-    small = known.env.startswith(tuple(small_tasks)) and not known.dataset_path
-    preset = known.preset
+    small = (known.env or DEFAULT_ENV).startswith(tuple(small_tasks)) and not known.dataset_path
+    preset = known.preset or "default"
     if preset == "default" and not small:
         preset = "default-large"
     start = dataclasses.replace(Config(), **PRESETS.get(preset, {}))
@@ -955,6 +955,8 @@ def run(config: Config) -> dict:
     if folder is None:
         path = config.dataset_path and os.path.abspath(config.dataset_path)
         config = dataclasses.replace(config, dataset_path=path, source=session.task.kind)
+        if config.export and not config.export.startswith("minari:"):
+            config = dataclasses.replace(config, export=os.path.abspath(config.export))
         folder = runs.Run.create(config, session.task)
     folder.seconds["load"] = time.monotonic() - start
     if config.preset == "default" and not config.resume and jax.default_backend() == "cpu":
@@ -974,6 +976,9 @@ def run(config: Config) -> dict:
 def run_fused(config: Config, session: Session, folder):
     """Fit and every round as one compiled program -> (gen_state, round_state)."""
     task, trainer = session.task, session.trainer
+    if folder.saved:  # a finished run, resumed
+        _, gen_state, state = restore(session, folder)
+        return gen_state, state
     with folder.timed("fused"):
         results = jax.jit(trainer.train)(session.seeds, session.dataset)
         gen_state, state, metrics, _ = jax.block_until_ready(results)
@@ -1058,8 +1063,8 @@ def transitions_to_log(t: Transition, horizon: int, dataset: Dataset) -> dict[st
 
 
 def export(config: Config, session: Session, gen_state, state) -> list[str]:
-    """Write synthetic data guided by each seed's final policy, in as many whole rounds of
-    trajectories as --export-steps needs -> the files written, one per seed."""
+    """Write synthetic data guided by each seed's final policy, whole rounds of trajectories until
+    there are --export-steps transitions -> the files written, one per seed."""
     from tqdm import tqdm
 
     import data
@@ -1069,12 +1074,17 @@ def export(config: Config, session: Session, gen_state, state) -> list[str]:
     _, keys = seed_keys(session.seeds, session.shared_denoiser)
     key_rounds = jax.vmap(lambda key: jax.random.split(key)[1])(keys)
     logs = [[] for _ in seeds]
-    for i in tqdm(range(-(-config.export_steps // (config.trajectories * (config.horizon - 1))))):
-        at = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_rounds, config.rounds + i)
-        made = jax.tree.map(np.asarray, generate(at, state, gen_state, dataset))
-        for s, parts in enumerate(logs):
-            one = jax.tree.map(lambda x, s=s: x[s], made)
-            parts.append(transitions_to_log(one, config.horizon, dataset))
+    rows, i = 0, config.rounds
+    with tqdm(total=config.export_steps, desc="export", unit=" steps", disable=None) as bar:
+        while rows < config.export_steps:
+            at = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_rounds, i)
+            made = jax.tree.map(np.asarray, generate(at, state, gen_state, dataset))
+            for s, parts in enumerate(logs):
+                one = jax.tree.map(lambda x, s=s: x[s], made)
+                parts.append(transitions_to_log(one, config.horizon, dataset))
+            rows = min(sum(len(part["rewards"]) for part in parts) for parts in logs)
+            i += 1
+            bar.update(min(rows, config.export_steps) - bar.n)
     written = []
     for seed, parts in zip(seeds, logs):
         log = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

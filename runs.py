@@ -28,7 +28,12 @@ from scipy.special import stdtrit
 PACKAGES = ("jax", "jaxlib", "optax", "chex", "gymnax", "gymnasium", "mujoco", "numpy")
 
 
-SAVE_EVERY = float(os.environ.get("PGD_SAVE_EVERY", "20"))  # seconds
+def save_every() -> float:
+    """Seconds between checkpoints: $PGD_SAVE_EVERY, or 20."""
+    try:
+        return float(os.environ.get("PGD_SAVE_EVERY", "20"))
+    except ValueError as e:
+        raise RunError("PGD_SAVE_EVERY should be a number of seconds") from e
 
 
 class RunError(Exception):
@@ -43,7 +48,7 @@ class Run:
         self.seeds = [config.seed + i for i in range(config.num_seeds)]
         self.history: list[dict] = []  # a row per round and seed
         self.seconds: dict[str, float] = {}  # wall time per stage
-        self._saved = time.monotonic()
+        self._saved, self._save_every = time.monotonic(), save_every()
         self._save_cost = 0.0
 
     @classmethod
@@ -84,10 +89,10 @@ class Run:
     # --- Checkpoint: one npz of arrays, no pickle ---
 
     def save(self, state: Any, force: bool = False) -> None:
-        """Keep the state, at most every SAVE_EVERY seconds and a twentieth of the time, unless
+        """Keep the state, at most every so many seconds and a twentieth of the time, unless
         forced."""
         start = time.monotonic()
-        if not force and start - self._saved < max(SAVE_EVERY, 20.0 * self._save_cost):
+        if not force and start - self._saved < max(self._save_every, 20.0 * self._save_cost):
             return
         leaves = {f"leaf{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
         notes = json.dumps({"history": self.history, "seconds": self.seconds})
@@ -96,11 +101,16 @@ class Run:
         self._saved = time.monotonic()
         self._save_cost = self._saved - start
 
+    @property
+    def saved(self) -> bool:
+        """Whether there is a checkpoint."""
+        return (self.folder / "checkpoint" / "state.npz").is_file()
+
     def restore(self, like: Any) -> Any:
         """-> the saved state in the shape of `like`, or `like` itself where nothing was saved
         yet."""
         path = self.folder / "checkpoint" / "state.npz"
-        if not path.is_file():
+        if not self.saved:
             return like
         shapes, treedef = jax.tree.flatten(like)
         with readable(path), np.load(path, allow_pickle=False) as z:

@@ -162,6 +162,8 @@ def test_a_log_without_a_simulator_reports_losses_and_likelihoods(tmp_path):
         (["--dataset-path", "toy.hdf5", "--trajectories", "100"], "multiple of --sample-batch"),
         (["--resume", "nowhere"], "there is no run in nowhere"),
         (["--resume", "nowhere", "--seed", "3"], "--resume takes no other flags"),
+        (["--resume", "nowhere", "--env=hopper-medium"], "--resume takes no other flags"),
+        (["--dataset-path", "toy.hdf5", "--source", "d4rl"], "a file needs none"),
     ],
 )
 def test_mistakes_are_one_clear_line(args, message, tmp_path, toy_file, monkeypatch, capsys):

@@ -300,9 +300,44 @@ def test_links_into_other_files_are_not_followed(tmp_path, log):
         del f["rewards"]
         raw = [(str(tmp_path / "raw"), 0, 480 * 4)]
         f.create_dataset("rewards", (480,), "f4", external=raw)
-    for name in ("a.hdf5", "b.hdf5"):
+    with h5py.File(write(tmp_path / "c.hdf5", log), "r+") as f:
+        del f["rewards"]
+        f["away"] = h5py.ExternalLink("other.hdf5", "/")
+        f["rewards"] = h5py.SoftLink("/away/rewards")
+    with h5py.File(write(tmp_path / "d.hdf5", log), "r+") as f:
+        del f["rewards"]
+        layout = h5py.VirtualLayout((480,), "f4")
+        layout[:] = h5py.VirtualSource(str(tmp_path / "other.hdf5"), "rewards", shape=(480,))
+        f.create_virtual_dataset("rewards", layout)
+    for name in ("a.hdf5", "b.hdf5", "c.hdf5", "d.hdf5"):
         with pytest.raises(data.DataError, match="another file, which is not followed"):
             data.read_log(tmp_path / name)
+
+
+def test_a_log_larger_than_memory_is_refused_before_reading(tmp_path, log, monkeypatch):
+    path = write(tmp_path / "a.hdf5", log)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4}
+    monkeypatch.setattr(data.os, "sysconf", pages.get)
+    with pytest.raises(data.DataError, match="too much for the"):
+        data.read_log(path)
+
+
+def test_an_empty_hdf5_data_set_is_one_clear_line(tmp_path, log):
+    with h5py.File(write(tmp_path / "a.hdf5", log), "r+") as f:
+        del f["rewards"]
+        f["rewards"] = h5py.Empty("f4")
+    with pytest.raises(data.DataError, match="rewards has shape None"):
+        data.read_log(tmp_path / "a.hdf5")
+
+
+def test_the_fingerprint_knows_every_array_that_training_reads(log):
+    make = lambda x: data.Task("t", x, None, None, "", "auto", None, None).fingerprint
+    full = successors(log)
+    prints = {make(log), make(full)}
+    for key in full:
+        changed = full | {key: np.where(np.arange(480) == 7, 1 - full[key].T, full[key].T).T}
+        prints.add(make({k: x.astype(full[k].dtype) for k, x in changed.items()}))
+    assert len(prints) == 2 + len(full)
 
 
 @pytest.mark.parametrize("name", ["../etc/passwd", "minari:../../x-v0", "minari:/tmp/x-v0"])
@@ -407,6 +442,12 @@ def test_actions_outside_a_simulators_bounds_are_said_once_and_clipped(tmp_path,
     np.testing.assert_allclose(np.abs(action), 0.999, atol=1e-4)
 
 
+def test_each_action_without_known_bounds_gets_its_own():
+    actions = np.array([[0.5, -3.0], [-0.2, 0.4], [2.0, 0.0]], np.float32)
+    low, high = data.action_bounds(actions, None, None)
+    assert (low.tolist(), high.tolist()) == ([-1.0, -3.0], [2.0, 1.0])
+
+
 # --- Names, scores, recipes ---
 
 
@@ -477,6 +518,11 @@ def test_a_mixture_is_collected_in_its_parts_and_cached(monkeypatch):
     again, _ = data.load_collected(entry, steps=2400)
     np.testing.assert_array_equal(log["observations"], again["observations"])
     assert data.collected_path(entry, 2400).name.startswith("pendulum-medium-expert-2400-0-")
+
+
+def test_a_part_that_is_cut_inside_an_episode_ends_by_a_timeout():
+    log, _ = data.load_collected(data.resolve("pendulum-medium-expert"), steps=500)
+    assert log["timeouts"].nonzero()[0].tolist() == [199, 249, 449, 499]
 
 
 def test_a_collected_mujoco_log_replays_exactly_from_its_file():
@@ -563,7 +609,11 @@ def test_info_of_a_published_log(tmp_path, capsys, monkeypatch):
         (["collect", "antmaze-umaze"], "no policy is shipped"),
         (["collect", "pendulum-medium", "--out", "x.csv"], "should end in .hdf5"),
         (["collect", "pendulum-medium-expert", "--steps", "1"], "--steps must be at least 2"),
+        (["collect", "pendulum-medium", "--seed", "-1"], "--seed must be at least 0"),
+        (["info", "pendulum-medium", "--picture", "x.hdf5"], "should end in .png"),
         (["download", "pendulum-medium"], "is not a D4RL task"),
+        (["measure", "pendulum", "--episodes", "0"], "--episodes must be at least 1"),
+        (["train-policy", "pendulum", "--out", "x", "--num-envs", "0"], "--num-envs must be at"),
         (["measure", "pendulumm"], "there is no simulator"),
     ],
 )
@@ -629,6 +679,8 @@ def test_an_exported_file_is_a_log_in_the_environments_units(exported):
     assert (
         len(log["rewards"]) >= 900 and set(lengths) == {7} and lengths.sum() == len(log["rewards"])
     )
+    first = log["observations"][::7]  # of each trajectory, from several rounds
+    assert len(np.unique(first, axis=0)) == len(first)
     assert np.abs(log["actions"]).max() > 1.2 and np.abs(log["actions"]).max() <= 2.0  # torque
     inner = np.flatnonzero(~(log["terminals"] | log["timeouts"]))
     np.testing.assert_array_equal(log["next_observations"][inner], log["observations"][inner + 1])
@@ -681,6 +733,8 @@ def test_an_export_is_refused_before_the_work(exported, tmp_path, capsys):
         (["--export", str(path)], "already exists"),
         (["--export", str(tmp_path / "x.csv")], "should end in .hdf5"),
         (["--export", "minari:../x-v0"], "no Minari name"),
+        (["--export", "minari:a/b-v0"], "is no name for Minari"),
+        (["--export", f"{path}/x.hdf5"], "cannot be written"),
         (["--export", str(tmp_path / "x.hdf5"), "--synthetic", "none"], "--synthetic diffusion"),
     ):
         with pytest.raises(SystemExit) as e:
@@ -715,7 +769,7 @@ def minari_set(tmp_path, monkeypatch):
                 observations={"goal": goal, "state": state},
                 actions=rng.uniform(-1, 1, (length, 2)).astype(np.float32),
                 rewards=rng.normal(size=length),
-                terminations=end & (length == 12), truncations=np.zeros(length, bool),
+                terminations=end & (length == 12), truncations=end & (length == 12),
             )
         )  # fmt: skip
     box = lambda n: spaces.Box(-np.inf, np.inf, (n,), np.float64)
@@ -799,3 +853,54 @@ def test_a_collected_log_goes_out_as_a_file_with_its_states_and_as_minari(
     assert log["terminals"].sum() > 20
     with h5py.File(tmp_path / "a.hdf5") as f:
         assert f["infos/qpos"].shape == (2000, 6) and f["infos/qpos"].dtype == np.float64
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_log_made_in_a_wrapped_environment_keeps_its_own_bounds(tmp_path, monkeypatch, capsys):
+    minari = pytest.importorskip("minari")
+    import gymnasium
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+    recorder = minari.DataCollector(env, data_format="hdf5")
+    recorder.reset(seed=0)
+    for _ in range(200):
+        recorder.step(recorder.action_space.sample())
+    recorder.create_dataset("toy/rescaled-v0")
+    task = data.load("minari:toy/rescaled-v0")
+    assert task.simulator is None and task.action_high.tolist() == [1.0]
+    assert "it was wrapped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: f.pop("episode_1"), "is damaged"),
+        (lambda f: f["episode_0"].pop("rewards"), "is damaged"),
+        (lambda f: f["episode_0/rewards"].resize((5,)), "is damaged"),
+        (lambda f: f["episode_0/observations/goal"].resize((5, 2)), "is damaged|one more"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_minari_set_is_one_clear_line(minari_set, tmp_path, spoil, message):
+    with h5py.File(tmp_path / "minari/toy/dict-v0/data/main_data.hdf5", "r+") as f:
+        spoil(f)
+    with pytest.raises(data.DataError, match=message) as e:
+        data.load("minari:toy/dict-v0")
+    assert "\n" not in str(e.value) and "toy/dict-v0" in str(e.value)
+
+
+def test_a_failed_minari_write_leaves_nothing(tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    log = successors(toy_log())
+    task = data.Task("t", log, -np.ones(2), np.ones(2), "", "auto", None, None)
+
+    def full(self, episodes):
+        raise OSError(28, "No space left on device")
+
+    storage = minari.dataset._storages.hdf5_storage.HDF5Storage
+    monkeypatch.setattr(storage, "update_episodes", full)
+    with pytest.raises(data.DataError, match="No space left"):
+        data.write_minari("toy/full-v0", log, task, "")
+    assert not (tmp_path / "toy" / "full-v0").exists()

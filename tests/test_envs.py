@@ -60,6 +60,7 @@ def test_an_episode_ends_by_a_timeout_at_its_limit():
 
 @pytest.mark.parametrize("task", BODIES)
 def test_mjx_steps_like_c_mujoco(task):
+    pytest.importorskip("mujoco.mjx")
     copies = envs.MujocoEnvs(task, 32)
     copies.reset(0)
     rng = np.random.default_rng(1)
@@ -80,6 +81,7 @@ def test_mjx_steps_like_c_mujoco(task):
 
 
 def test_mjx_starts_like_c_mujoco():
+    pytest.importorskip("mujoco.mjx")
     reset, _ = envs.make_mjx("halfcheetah")
     starts = np.asarray(jax.vmap(lambda k: reset(k)[0])(jax.random.split(jax.random.key(0), 2000)))
     theirs = envs.MujocoEnvs("halfcheetah", 2000).reset(0)
@@ -153,6 +155,37 @@ def test_a_collected_log_replays_exactly_from_its_own_states(task):
     np.testing.assert_array_equal(after[1][inner], qvel[inner + 1])
 
 
+class Countdown:
+    """A host-side environment of 3 copies that pay 1 a step and end after 2, 3 and 9 steps."""
+
+    num = 3
+
+    def reset(self, seed):
+        self.t, self.obs = 0, np.zeros((3, 1))
+        return self.obs
+
+    def step(self, action):
+        self.t += 1
+        terminal, timeout = self.t == np.array([2, -1, -1]), self.t == np.array([-1, 3, 9])
+        return self.obs, np.ones(3), terminal, timeout
+
+
+def test_evaluation_on_the_host_counts_each_copys_first_episode_only():
+    returns = envs.evaluate_on_host(Countdown(), lambda obs: np.zeros((3, 1)), 0)
+    assert returns.tolist() == [2.0, 3.0, 9.0]
+
+
+def test_gymnasium_copies_end_at_their_limit_and_start_again():
+    copies = envs.GymnasiumEnvs(lambda: gymnasium.make("Pendulum-v1"), 2, limit=4)
+    copies.reset([3, 4])
+    ends = []
+    for _ in range(9):
+        next_obs, _, _, timeout = copies.step(np.zeros((2, 1)))
+        ends.append(timeout.any())
+        assert np.all(copies.obs == next_obs) != timeout.any()
+    assert [i for i, end in enumerate(ends) if end] == [3, 7]
+
+
 # --- Extras ---
 
 
@@ -176,6 +209,10 @@ def test_maze2d_pays_at_d4rls_goal_and_moves_along_its_axes():
     for _ in range(20):
         next_obs, _, _, _ = maze.step(np.tile([1.0, 0.0], (2, 1)))
     assert next_obs[0, 0] > 2.1 and abs(next_obs[0, 1] - 3.0) < 0.05
+    starts = [maze.reset(seed) for seed in range(30)]
+    cells = {tuple(np.round(obs[0, :2]).astype(int)) for obs in starts}
+    free = {(1, 2), (1, 3), (2, 3), (3, 1), (3, 2), (3, 3)}  # the U without the goal
+    assert cells <= free and len(cells) > 3
     dense = envs.make_envs("maze2d-umaze-dense", 1)
     obs = dense.reset(3)
     next_obs, reward, _, _ = dense.step(np.zeros((1, 2)))
