@@ -85,16 +85,21 @@ def test_fused_equals_chunks(toy_file, tmp_path):
     assert chunks.keys() == fused.keys()
     for key in ("validation_loss", "log_prob_synthetic", "log_prob_real"):
         assert chunks[key] == pytest.approx(fused[key], rel=1e-3)
+    before = json.loads((tmp_path / "fused" / "final.json").read_text())
+    assert call("--resume", tmp_path / "fused").returncode == 0  # it had finished: not again
+    after = json.loads((tmp_path / "fused" / "final.json").read_text())
+    assert before["wall_seconds"]["fused"] == after["wall_seconds"]["fused"]
 
 
 @pytest.mark.parametrize("stage", ["fit", "rounds"])
 def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(stage, tmp_path):
     args = ("--env", "pendulum-medium", *TINY, "--fit-steps", 400, "--rounds", 12)
-    whole = call(*args, "--out", tmp_path / "whole")
+    args = (*args, "--export-steps", 100, "--export")
+    whole = call(*args, tmp_path / "whole.npz", "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     folder, env = tmp_path / "killed", os.environ | {"PGD_SAVE_EVERY": "0"}
     process = subprocess.Popen(
-        pgd_command(*args, "--out", folder),
+        pgd_command(*args, tmp_path / "killed.npz", "--out", folder),
         env=env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -112,6 +117,10 @@ def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(stage, tmp_path):
     resumed = call("--resume", folder)
     assert resumed.returncode == 0, resumed.stderr
     assert finals(folder) == finals(tmp_path / "whole")
+    whole_log, killed_log = (data.read_log(tmp_path / f"{n}.npz") for n in ("whole", "killed"))
+    for key in whole_log:
+        np.testing.assert_array_equal(whole_log[key], killed_log[key])
+    assert len(killed_log["rewards"]) < 10_000  # --export-steps came along
     assert (folder / "metrics.csv").read_bytes() == (
         tmp_path / "whole" / "metrics.csv"
     ).read_bytes()
