@@ -830,7 +830,7 @@ def write_minari(name: str, log: dict[str, np.ndarray], task: Task, about: str) 
     name: ENV/DATA-v0. Action bounds and reference scores are the task's. An episode's last
     observation is its last successor.
     """
-    minari = require("minari", '"minari[hf]"')
+    minari = require("minari", "minari")
     from minari.data_collector import EpisodeBuffer
     from minari.storage.datasets_root_dir import get_dataset_path
 
@@ -1200,11 +1200,12 @@ def list_command() -> None:
         if entry.simulator and sim.missing(entry.simulator):
             judge += f" (pip install {sim.missing(entry.simulator)})"
         rows.append((entry.name, size, collectable_size(entry), judge, ", ".join(here)))
-    with contextlib.suppress(sim.EnvError):
-        minari = require("minari", "minari")
-        for name, about in minari.list_local_datasets().items():
+    try:
+        for name, about in require("minari", "minari").list_local_datasets().items():
             steps = f"{about['total_steps']:,} steps"
             rows.append((f"minari:{name}", "", "", "its own", f"Minari, {steps}"))
+    except Exception as e:  # a damaged data set, or no minari
+        rows.append(("minari:", "", "", "", f"cannot be listed ({type(e).__name__})"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
