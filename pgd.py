@@ -852,9 +852,9 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
         raise UserError(
             "--resume takes no other flags but --export: a run goes on under its own settings"
         )
-    small = (known.env or DEFAULT_ENV).startswith(tuple(small_tasks)) and not known.dataset_path
+    task = known.env or ("" if known.dataset_path else DEFAULT_ENV)
     preset = known.preset or "default"
-    if preset == "default" and not small:
+    if preset == "default" and not task.startswith(tuple(small_tasks)):
         preset = "default-large"
     start = dataclasses.replace(Config(), **PRESETS.get(preset, {}))
     return tyro.cli(Config, args=argv, default=start, description=__doc__)

@@ -325,3 +325,21 @@ def test_a_copied_pgd_trains_and_samples_alone_with_the_users_own_agent(tmp_path
         [sys.executable, "mine.py"], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "args, features",
+    [
+        ([], 64),
+        (["--env", "swimmer-medium"], 64),
+        (["--env", "pendulum-medium", "--dataset-path", "x.hdf5"], 64),
+        (["--dataset-path", "x.hdf5"], 256),
+        (["--env", "halfcheetah-medium"], 256),
+        (["--env", "halfcheetah-medium", "--preset", "laptop"], 128),
+        (["--env", "halfcheetah-medium", "--features", "32"], 32),
+    ],
+)
+def test_the_default_preset_is_sized_by_the_task(args, features):
+    import envs
+
+    assert pgd.parse_config(args, tuple(envs.GYMNAX)).features == features

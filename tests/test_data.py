@@ -340,7 +340,7 @@ def test_the_fingerprint_knows_every_array_that_training_reads(log):
     assert len(prints) == 2 + len(full)
 
 
-@pytest.mark.parametrize("name", ["../etc/passwd", "minari:../../x-v0", "minari:/tmp/x-v0"])
+@pytest.mark.parametrize("name", ["../etc/passwd", "minari:../../x-v0", "minari:/etc/x-v0"])
 def test_names_that_climb_out_of_their_folder_are_refused(name):
     with pytest.raises(data.DataError, match="no task|no Minari name"):
         data.resolve(name)
