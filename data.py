@@ -1178,6 +1178,7 @@ def at_least(least: int, **flags: int | None) -> None:
 
 
 def collectable_size(entry: Entry) -> str:
+    """How much `collect` would make of this log, or nothing where no policy is shipped."""
     return f"{sum(n for _, n in entry.recipe):,} steps" if entry.recipe else ""
 
 
