@@ -1,116 +1,756 @@
-"""The method's claims, checked on finished runs.
+"""The method's claims, checked on one log: a table and a figure each.
 
-    python analysis.py RUN_DIR [RUN_DIR ...]      # dynamics error of what each run's denoiser makes
+    python analysis.py pendulum-medium                  # trains what it needs, then judges it
+    python analysis.py RUN_DIR [RUN_DIR ...]            # finished runs of pgd.py on one log
+    python analysis.py RUN_DIR -- --s-churn 0           # with other settings of the sampler
+    python analysis.py hopper-medium -- --fit-steps 4000  # or of what it trains
 
-Prints one table, and saves it as dynamics.csv and dynamics.png in the first run's folder.
+Policies at growing distance from the one that made the log are cloned or trained on it. For each,
+the diffusion model (at every guidance weight) and the world model make trajectories, which the
+simulator judges. Saved, for 95 % intervals over seeds: likelihood, dynamics, coverage and
+trajectories, each a csv and a png, and the trade-off between the first two.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
+import agents
 import data
 import envs
 import pgd
 import runs
+import world_model
+
+MARGIN = 0.05  # of a channel's range in the log: a state further outside is called impossible
 
 
-def dynamics_error(run_dir: str, num: int = 256, weight: float = 0.0, **sampler) -> np.ndarray:
-    """-> (num, T - 1, O): squared difference between each synthetic next observation and MuJoCo's
-    own from the same state and action, in units of that observation's variance over the log.
+# --- Load what is to be judged ---
 
-    The run's first seed, its own sampler settings unless given otherwise; weight is the guidance.
-    """
+
+class Model(NamedTuple):
+    """A fitted generator, of one seed or of all."""
+
+    name: str  # diffusion or world-model
+    config: pgd.Config
+    state: Any
+    shared: bool  # one for all seeds; else the state has a leading axis (seeds,)
+
+    def of(self, seed: int):
+        """The state of the seed-th seed."""
+        return self.state if self.shared else jax.tree.map(lambda x: x[seed], self.state)
+
+
+class Target(NamedTuple):
+    """A policy that samples are asked for; its states have a leading axis (seeds,)."""
+
+    name: str
+    agent: agents.Agent
+    states: Any
+
+    def of(self, seed: int) -> Any:
+        return jax.tree.map(lambda x: x[seed], self.states)
+
+
+def load_run(run_dir: str, flags: Sequence[str] = ()) -> tuple[pgd.Session, Model, Target | None]:
+    """A finished run -> its session, its generator, and its agents if they have learnt."""
+    import tyro
+
     folder, config, fingerprint = runs.Run.resume(run_dir, pgd.Config)
-    session = pgd.build(config)
-    if session.task.simulator not in envs.BODIES or config.synthetic != "diffusion":
-        raise runs.RunError(f"{run_dir} has no denoiser that a MuJoCo simulator could judge")
-    done, gen_state, state = pgd.restore(session, folder)
+    session = pgd.build(dataclasses.replace(config, export=None))
+    done, state, rounds = pgd.restore(session, folder)
+    if config.synthetic == "none":
+        raise runs.RunError(f"{run_dir} was trained on the log alone: there is nothing to judge")
     if done != session.trainer.generator.num_chunks or fingerprint != session.task.fingerprint:
         raise runs.RunError(f"{run_dir} is not a finished run on the log that is here now")
-    if not config.shared_denoiser:
-        gen_state = jax.tree.map(lambda x: x[0], gen_state)
-    sampler |= {"guidance": weight, "trajectories": num, "sample_batch": num}
-    dataset, config = session.dataset, dataclasses.replace(config, **sampler)
-    diffusion = pgd.make_diffusion(config, dataset.obs_dim, dataset.act_dim)
-    first = jax.tree.map(lambda x: x[0], state.agent)
+    if config.synthetic == "diffusion" and flags:
+        changed = tyro.cli(pgd.Config, args=list(flags), default=config)
+        for field in dataclasses.fields(config):
+            same = getattr(changed, field.name) == getattr(config, field.name)
+            if not same and not field.name.startswith(
+                ("s_", "sigma", "sample_", "rho", "guidance")
+            ):
+                raise runs.RunError(f"--{field.name} cannot be changed in a finished run")
+        config = changed
+    model = Model(config.synthetic, config, state, session.shared_denoiser)
+    if config.rounds * config.updates < 100:
+        return session, model, None
+    name = f"{config.agent} of {Path(run_dir).name}"
+    return session, model, Target(name, session.agent, rounds.agent)
+
+
+def make_runs(task: str, out: Path, num_seeds: int, flags: Sequence[str]) -> list[str]:
+    """Fit a denoiser and a world model per seed to the task's log, unless that was done before ->
+    their run folders."""
+    folders = []
+    for synthetic in ("diffusion", "world-model"):
+        folder = out / synthetic
+        if not (folder / "final.json").exists():
+            argv = ["--env", task, "--synthetic", synthetic, "--num-seeds", str(num_seeds)]
+            argv += ["--no-shared-denoiser", "--rounds", "1", "--updates", "1"]
+            argv += ["--eval-episodes", "1", "--trajectories", "32", "--sample-batch", "32"]
+            argv += ["--out", str(folder), *flags]
+            if (folder / "config.json").exists():
+                argv = ["--resume", str(folder)]
+            pgd.run(pgd.parse_config(argv, tuple(envs.GYMNAX)))
+        folders.append(str(folder))
+    return folders
+
+
+# --- Make target policies, from the log's own outwards ---
+
+CHUNK = 250  # updates of a target policy between two looks at the bar
+
+
+def train(name: str, agent, dataset: pgd.Dataset, num_seeds: int, stages: Sequence[int]) -> list:
+    """Train the agent on the log alone -> its states (seeds, ...) after so many updates each."""
+    n = agent.batches_per_update
 
     @jax.jit
-    def generate(gen_state, agent_state, dataset):
-        log_prob = lambda obs, action: session.agent.log_prob(agent_state, obs, action)
-        t = diffusion.generate(jax.random.key(1), gen_state, log_prob, weight, dataset)
-        unit = lambda x: x.reshape(num, config.horizon, -1)[:, :-1]
-        obs, next_obs, action = unit(t.obs), unit(t.next_obs), unit(t.action)
-        return obs, next_obs, pgd.unscale_action(dataset, action)
+    def init(keys):
+        return jax.vmap(lambda key: agent.init(key, dataset.obs_dim, dataset.act_dim))(keys)
 
-    obs, next_obs, action = generate(gen_state, first, dataset)
+    @jax.jit
+    def chunk(keys, states, dataset, first):
+        def step(state, i, key):
+            key_batch, key_agent = jax.random.split(jax.random.fold_in(key, i))
+            batch = pgd.sample_real(key_batch, dataset, n * 256)
+            return agent.update(key_agent, state, batch)[0], None
+
+        one = lambda key, state: jax.lax.scan(
+            lambda s, i: step(s, i, key), state, first + jnp.arange(CHUNK)
+        )[0]
+        return jax.vmap(one)(keys, states)
+
+    keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
+    states, kept = init(keys), []
+    for i in tqdm(range(0, max(stages), CHUNK), f"target policies, {name}", disable=None):
+        states = chunk(keys, states, dataset, i)
+        if i + CHUNK in stages:
+            kept.append(states)
+    return kept
+
+
+def make_targets(session: pgd.Session, num_seeds: int, updates: Sequence[int]) -> list[Target]:
+    """The log's policy cloned, first of all; the clone with growing noise; TD3+BC and IQL at
+    several stages; the shipped policies of the simulator, which made other logs."""
+    bc, dataset = agents.bc(), session.dataset
+    clone = train("bc", bc, dataset, num_seeds, [max(updates)])[0]
+    targets = [Target("clone", bc, clone)]
+    for noise in (0.2, 0.5):
+        log_std = 0.5 * jnp.log(jnp.exp(2 * clone.actor["log_std"]) + noise**2)
+        noisy = clone._replace(actor=clone.actor | {"log_std": log_std})
+        targets.append(Target(f"clone + noise {noise}", bc, noisy))
+    for name in ("td3_bc", "iql"):
+        agent = agents.make_agent(name)
+        for stage, states in zip(updates, train(name, agent, dataset, num_seeds, updates)):
+            targets.append(Target(f"{name} {stage}", agent, states))
+    sac, simulator = agents.sac(), session.task.simulator
+    for path in sorted((data.HERE / "policies").glob(f"{simulator}-*.npz")):
+        stem = path.stem.removeprefix(f"{simulator}-")
+        if stem not in ("early1", "expert") or path.stem == session.task.name:
+            continue
+        actor = standardise_inputs(data.Policy.load(path).layers, session.dataset)
+        state = agents.SACState(actor, *[jnp.zeros(()) for _ in range(6)])
+        every = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_seeds, *x.shape)), state)
+        targets.append(Target(f"shipped {stem}", sac, every))
+    return targets
+
+
+def standardise_inputs(layers: list, dataset: pgd.Dataset) -> list:
+    """Layers that take observations in the environment's units -> ones that take them
+    standardised."""
+    mean, std = (x[: dataset.obs_dim] for x in dataset.normalizer)
+    (w, b), *rest = [(jnp.asarray(w), jnp.asarray(b)) for w, b in layers]
+    return [(std[:, None] * w, b + mean @ w), *rest]
+
+
+def distance(target: Target, clone: Target, seed: int, dataset: pgd.Dataset) -> float:
+    """Wasserstein-2 distance of the two policies' actions, each taken for a diagonal Gaussian with
+    the mean and spread of 64 sampled actions, over 1,000 logged states: root mean square per
+    dimension of [-1, 1]."""
+    obs = pgd.sample_real(jax.random.key(0), dataset, 1_000).obs
+    moments = []
+    for t in (target, clone):
+        policy = pgd.target_policy(t.agent, t.of(seed))
+        keys = jax.random.split(jax.random.key(1), 64)
+        actions = jax.vmap(lambda key, p=policy: jnp.clip(p.sample(key, obs), -1.0, 1.0))(keys)
+        moments.append((actions.mean(0), actions.std(0)))
+    (mean, std), (mean_clone, std_clone) = moments
+    return float(jnp.sqrt(jnp.mean((mean - mean_clone) ** 2 + (std - std_clone) ** 2)))
+
+
+# --- Sample and judge ---
+
+
+class Judge(NamedTuple):
+    """Knows the truth: next_obs of (obs (N, O), action (N, A)), in the environment's units."""
+
+    step: Callable
+    name: str
+
+
+def make_judge(session: pgd.Session) -> Judge:
+    """The log's simulator; where it cannot be put into a state, a world model of its own, trained
+    with other keys and a wider network on every transition of the log."""
+    step = envs.make_judge(session.task.simulator)
+    if step is not None:
+        return Judge(step, f"simulator {session.task.simulator}")
+    print(
+        f"warning: no simulator for {session.task.name} can be put into a state; an independent "
+        "model judges instead, whose own errors are in every figure",
+        file=sys.stderr,
+    )
+    config = pgd.Config(synthetic="world-model", model_hidden=256, model_layers=3)
+    dataset = session.dataset
+    everything = dataset._replace(train_rows=jnp.arange(len(dataset.usable)))
+    model = world_model.make_world_model(config, dataset.obs_dim, dataset.act_dim)
+    key = jax.random.key(2**31 - 1)
+    fit_chunk, state = jax.jit(model.fit_chunk, donate_argnums=1), jax.jit(model.init)(key)
+    for _ in tqdm(range(model.num_chunks), "independent model", disable=None):
+        state, _ = fit_chunk(key, state, everything)
+        if state.stale >= config.patience:
+            break
+    mean, std = (x[: dataset.obs_dim] for x in dataset.normalizer)
+
+    @jax.jit
+    def predict(state, dataset, obs, action):
+        low, high = dataset.action_low, dataset.action_high
+        unit = 2.0 * (action - low) / (high - low) - 1.0
+        return model.predict(state, (obs - mean) / std, unit, dataset).next_obs.mean(0) * std + mean
+
+    return Judge(lambda o, a: np.asarray(predict(state, dataset, o, a)), "an independent model")
+
+
+class Sample(NamedTuple):
+    """Trajectories of L steps, obs and actions in the environment's units, all numpy."""
+
+    obs: np.ndarray  # (n, L, O)
+    action: np.ndarray  # (n, L, A)
+    reward: np.ndarray  # (n, L)
+    next_obs: np.ndarray  # (n, L, O)
+    valid: np.ndarray  # (n, L), whether the trajectory was still going on, and goes on
+    log_prob: np.ndarray  # (n, L) under the target policy
+    log_prob_behaviour: np.ndarray  # (n, L) under the log's policy cloned
+
+
+def make_sampler(model: Model, agent, clone: Target, dataset, num: int, length: int) -> Callable:
+    """-> sample(target, seed, weight) -> Sample; compiled once for all targets of that agent."""
+    if model.name == "diffusion":
+        settings = {"guidance": 1.0, "sample_batch": num, "horizon": length + 1}
+        make = pgd.make_diffusion
+    else:
+        settings = {"rollout": length, "penalty": 0.0, "horizon": length}
+        make = world_model.make_world_model
+    config = dataclasses.replace(model.config, trajectories=num, **settings)
+    generator = make(config, dataset.obs_dim, dataset.act_dim)
     mean, std = (np.asarray(x[: dataset.obs_dim]) for x in dataset.normalizer)
-    flat = lambda x: np.asarray(x).reshape(-1, x.shape[-1])
-    true = envs.step_from(session.task.simulator, flat(obs) * std + mean, flat(action))
-    return ((flat(next_obs) * std + mean - true) / std).reshape(*obs.shape) ** 2
+
+    @jax.jit
+    def generate(key, model_state, agent_state, clone_state, weight, dataset):
+        policy = pgd.target_policy(agent, agent_state)
+        t = generator.generate(key, model_state, policy, weight, dataset)
+        t = jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[1:])[:, :length], t)
+        under_clone = clone.agent.log_prob(clone_state, t.obs, t.action)
+        action = pgd.unscale_action(dataset, t.action)
+        return t, action, policy.log_prob(t.obs, t.action), under_clone
+
+    def sample(target: Target, seed: int, weight: float) -> Sample:
+        states = model.of(seed), target.of(seed), clone.of(seed)
+        key = jax.random.key(1_000 + seed)
+        made = generate(key, *states, jnp.float32(weight), dataset)
+        t, action, log_prob, under_clone = jax.tree.map(np.asarray, made)
+        valid = np.cumsum(t.done, axis=1) == 0
+        obs, next_obs = t.obs * std + mean, t.next_obs * std + mean
+        return Sample(obs, action, t.reward, next_obs, valid, log_prob, under_clone)
+
+    return sample
 
 
-SAMPLERS = {
-    "as trained": {},
-    "16 deterministic": {"sample_steps": 16, "s_churn": 0.0},
-    "32 deterministic": {"sample_steps": 32, "s_churn": 0.0},
-    "256, S_churn 80": {"sample_steps": 256, "s_churn": 80.0},
-}
+def real_sample(dataset: pgd.Dataset, num: int, length: int) -> Sample:
+    """Windows of the log as a Sample, without likelihoods; fewer steps where none is that long."""
+    x = pgd.sample_windows(jax.random.key(0), dataset, dataset.train_starts, num, length + 1)
+    obs, action, reward, done = pgd.split_steps(dataset, x)
+    mean, std = (x[: dataset.obs_dim] for x in dataset.normalizer)
+    obs, action = np.asarray(obs * std + mean), np.asarray(pgd.unscale_action(dataset, action))
+    valid = np.cumsum(np.asarray(done), axis=1)[:, :-1] == 0
+    none = np.full(valid.shape, np.nan)
+    return Sample(
+        obs[:, :-1], action[:, :-1], np.asarray(reward)[:, :-1], obs[:, 1:], valid, none, none
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", nargs="+")
-    parser.add_argument("--num", type=int, default=256, help="trajectories judged per row")
-    parser.add_argument("--guidance", type=float, nargs="*", default=[0.0])
-    parser.add_argument("--samplers", nargs="*", default=["as trained"], choices=list(SAMPLERS))
-    args = parser.parse_args()
-    rows, curves = [], {}
-    try:
-        for run_dir in args.run_dir:
-            for name in args.samplers:
-                for weight in args.guidance:
-                    error = dynamics_error(run_dir, args.num, weight, **SAMPLERS[name])
-                    row = {"run": run_dir, "sampler": name, "guidance": weight}
-                    per_step = error.mean(-1)
-                    row["mean"] = round(float(per_step.mean()), 5)
-                    row["median"] = round(float(np.median(per_step)), 5)
-                    rows.append(row)
-                    curves[f"{Path(run_dir).name}, {name}, {weight:g}"] = per_step.mean(0)
-                    print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-    except (data.DataError, envs.EnvError, runs.RunError, pgd.UserError, OSError) as e:
-        print(f"analysis.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    save(Path(args.run_dir[0]), rows, curves)
+def dynamics_error(s: Sample, judge: Judge, std: np.ndarray) -> np.ndarray:
+    """-> (n, L): squared difference of each next_obs from the judge's, from the same state and
+    action, in variances of each observation over the log, averaged over them; NaN where not
+    valid."""
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    true = judge.step(flat(s.obs), flat(s.action)).reshape(s.obs.shape)
+    return np.where(s.valid, np.mean(((s.next_obs - true) / std) ** 2, axis=-1), np.nan)
 
 
-def save(folder: Path, rows: list[dict], curves: dict) -> None:
-    """dynamics.csv and dynamics.png (error against the step in the window)."""
+def drift(s: Sample, judge: Judge, std: np.ndarray) -> np.ndarray:
+    """-> (n, L): the same difference along the trajectory, the judge started in its first state and
+    given its actions."""
+    state, out = s.obs[:, 0], []
+    for t in range(s.obs.shape[1]):
+        with np.errstate(over="ignore", invalid="ignore"):
+            state = np.clip(judge.step(state, s.action[:, t]), -1e6, 1e6)
+            out.append(np.mean(((s.next_obs[:, t] - state) / std) ** 2, axis=-1))
+    return np.where(s.valid, np.stack(out, axis=1), np.nan)
+
+
+class Reference(NamedTuple):
+    """What the log says is usual, in standardised units."""
+
+    low: np.ndarray  # (O,)
+    high: np.ndarray  # (O,)
+    steps: np.ndarray  # (N', O + A) at most 20,000 logged (obs, action)
+    quantiles: np.ndarray  # (101, O) of the observations
+    mean: np.ndarray  # (O,)
+    std: np.ndarray  # (O,)
+
+
+def make_reference(dataset: pgd.Dataset) -> Reference:
+    obs_dim, (mean, std) = dataset.obs_dim, dataset.normalizer
+    obs = np.asarray(dataset.steps[:, :obs_dim])
+    t = pgd.sample_real(jax.random.key(2), dataset, min(20_000, len(dataset.usable)))
+    steps = np.concatenate([np.asarray(t.obs), np.asarray(t.action)], axis=-1)
+    quantiles = np.quantile(obs, np.linspace(0, 1, 101), axis=0)
+    mean, std = (np.asarray(x[:obs_dim]) for x in (mean, std))
+    return Reference(obs.min(0), obs.max(0), steps, quantiles, mean, std)
+
+
+def coverage(s: Sample, ref: Reference, dataset: pgd.Dataset) -> dict[str, float]:
+    """-> impossible: fraction of states outside the log's range by more than MARGIN of it;
+    nearest: median distance of (obs, action) to the nearest logged one, both standardised;
+    marginal: distance of each observation's distribution from the log's (Wasserstein, standard
+    deviations), averaged; reward: mean per step."""
+    obs = ((s.obs - ref.mean) / ref.std)[s.valid]
+    unit = 2 * (s.action[s.valid] - dataset.action_low) / (dataset.action_high - dataset.action_low)
+    slack = MARGIN * (ref.high - ref.low) + 1e-6
+    outside = np.any((obs < ref.low - slack) | (obs > ref.high + slack), axis=-1)
+    rows = np.random.default_rng(0).permutation(len(obs))[:1_000]
+    x = np.concatenate([obs, unit - 1.0], axis=-1)[rows]
+    return {
+        "impossible": float(outside.mean()),
+        "nearest": float(np.median(nearest(x, ref.steps))),
+        "marginal": float(
+            np.abs(np.quantile(obs, np.linspace(0, 1, 101), axis=0) - ref.quantiles).mean()
+        ),
+        "reward": float(s.reward[s.valid].mean()),
+    }
+
+
+@jax.jit
+def nearest(x, log):
+    """x (n, D), log (N, D) -> (n,): distance to the nearest other row."""
+    square = jnp.sum(x**2, 1)[:, None] + jnp.sum(log**2, 1) - 2 * x @ log.T
+    return jnp.sqrt(jnp.maximum(jnp.min(jnp.where(square < 1e-6, jnp.inf, square), axis=1), 0.0))
+
+
+# --- Tables: a row per target policy, model, guidance weight and seed ---
+
+
+def judge_all(models, targets, weights, session, judge, num: int, num_seeds: int):
+    """-> (rows of each table, samples of the first seed by (target, model, weight))."""
+    dataset, clone, ref = session.dataset, targets[0], make_reference(session.dataset)
+    length = next(m.config.horizon for m in models) - 1
+    tables = {"likelihood": [], "dynamics": [], "coverage": []}
+    log = real_sample(dataset, num, length)
+    about = {"target": "", "distance": 0.0, "model": "log", "weight": 0.0, "seed": 0}
+    tables["coverage"].append(about | coverage(log, ref, dataset))
+    drawn, samplers = {("", "log", 0.0): log}, {}
+    settings = [
+        (target, model, weight)
+        for target in targets
+        for model in models
+        for weight in (weights if model.name == "diffusion" else [0.0])
+    ]
+    with tqdm(total=len(settings) * num_seeds, desc="judge", disable=None) as bar:
+        for target, model, weight in settings:
+            kind = model.name, id(target.agent)
+            if kind not in samplers:
+                samplers[kind] = make_sampler(model, target.agent, clone, dataset, num, length)
+            for seed in range(num_seeds):
+                s = samplers[kind](target, seed, weight)
+                about = {
+                    "target": target.name,
+                    "distance": distance(target, clone, seed, dataset),
+                    "model": model.name,
+                    "weight": weight,
+                    "seed": seed,
+                }
+                error, path = dynamics_error(s, judge, ref.std), drift(s, judge, ref.std)
+                summary = {
+                    "log_prob_target": s.log_prob[s.valid].mean(),
+                    "log_prob_behaviour": s.log_prob_behaviour[s.valid].mean(),
+                    "error": np.nanmean(error),
+                    "error_median": np.nanmedian(error),
+                }
+                tables["likelihood"].append(about | summary)
+                for t in range(length):
+                    row = {"step": t, "error": np.nanmean(error[:, t])}
+                    tables["dynamics"].append(about | row | {"drift": np.nanmedian(path[:, t])})
+                tables["coverage"].append(about | coverage(s, ref, dataset))
+                if seed == 0:
+                    drawn[target.name, model.name, weight] = s
+                bar.update()
+    return tables, drawn
+
+
+def save_table(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: v if isinstance(v, (str, int)) else f"{v:.6g}" for k, v in row.items()})
+    with runs.atomic_file(path) as f:
+        f.write(text.getvalue().encode())
+
+
+ERRORS = ("error", "error_median", "drift")
+
+
+def band(rows: list[dict], what: str, **where) -> tuple[float, float, float]:
+    """The rows that agree with `where` -> mean over seeds, and the ends of its 95 % interval; of
+    errors, which spread over orders of magnitude, the geometric mean."""
+    found = [float(r[what]) for r in rows if all(r[k] == v for k, v in where.items())]
+    if what in ERRORS:
+        return tuple(float(np.exp(x)) for x in _interval(np.log(np.maximum(found, 1e-12))))
+    return _interval(found)
+
+
+def _interval(found) -> tuple[float, float, float]:
+    mean, interval = runs.summarise(list(found))
+    return mean, *(interval or (mean, mean))
+
+
+def print_table(rows: list[dict], shown: float) -> None:
+    """A line per target policy, nearest first: likelihoods and errors without guidance, at the
+    weight shown, and of the world model."""
+    header = ["target policy", "distance", "under target: 0", f"{shown:g}", "under log's: 0"]
+    header += [f"{shown:g}", "error: 0", f"{shown:g}", "world model"]
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header))
+    for target in by_distance(rows):
+        cells = [target, f"{band(rows, 'distance', target=target)[0]:.2f}"]
+        for what in ("log_prob_target", "log_prob_behaviour", "error"):
+            for weight in (0.0, shown):
+                cells.append(cell(rows, what, target=target, model="diffusion", weight=weight))
+        cells.append(cell(rows, "error", target=target, model="world-model"))
+        print("| " + " | ".join(cells) + " |")
+
+
+def cell(rows: list[dict], what: str, **where) -> str:
+    if not any(all(r[k] == v for k, v in where.items()) for r in rows):
+        return "-"
+    mean, low, high = band(rows, what, **where)
+    digits = 4 if what == "error" else 2
+    return f"{mean:.{digits}f}" + (
+        f" ({low:.{digits}f} to {high:.{digits}f})" if low < high else ""
+    )
+
+
+def by_distance(rows: list[dict]) -> list[str]:
+    """Names of the target policies, from the one nearest to the log's outwards."""
+    names = dict.fromkeys(r["target"] for r in rows if r["target"])
+    return sorted(names, key=lambda name: band(rows, "distance", target=name)[0])
+
+
+# --- Figures ---
+
+
+def line(axes, xs, bands, label: str, color, **style) -> None:
+    """A curve of means with its band of intervals."""
+    mean, low, high = np.array(bands).T
+    axes.plot(xs, mean, label=label, color=color, **style)
+    axes.fill_between(xs, low, high, color=color, alpha=0.2, lw=0)
+
+
+def new_figure(rows: int, columns: int, width: float = 4.2, height: float = 3.4, **kw):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with runs.atomic_file(folder / "dynamics.csv") as f:
-        f.write(text.getvalue().encode())
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for label, curve in curves.items():
-        axes.plot(curve, label=label)
-    axes.set(xlabel="step in the window", ylabel="dynamics error (variances)", yscale="log")
-    axes.legend(frameon=False, fontsize=8)
-    with runs.atomic_file(folder / "dynamics.png") as f:
-        figure.savefig(f, dpi=120, format="png")
-    print(f"saved: {folder}/dynamics.csv, {folder}/dynamics.png")
+    size = (width * columns, height * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **kw)
+
+
+def save_figure(path: Path, figure) -> None:
+    import matplotlib.pyplot as plt
+
+    with runs.atomic_file(path) as f:
+        figure.savefig(f, dpi=110, format="png")
+    plt.close(figure)
+
+
+def colors_of(targets: list[str]) -> dict:
+    import matplotlib
+
+    return {name: matplotlib.cm.viridis(i / max(1, len(targets))) for i, name in enumerate(targets)}
+
+
+def weights_of(rows: list[dict]) -> list[float]:
+    return sorted({r["weight"] for r in rows if r["model"] == "diffusion"})
+
+
+def draw_likelihood(path: Path, rows: list[dict], title: str) -> None:
+    """Likelihood of the sampled actions against the guidance weight."""
+    figure, axes = new_figure(1, 2)
+    targets, weights = by_distance(rows), weights_of(rows)
+    for name, color in colors_of(targets).items():
+        for ax, what in zip(axes[0], ("log_prob_target", "log_prob_behaviour")):
+            pick = lambda w: band(rows, what, target=name, model="diffusion", weight=w)
+            line(ax, weights, [pick(w) for w in weights], name, color, marker="o", ms=3)
+    axes[0, 0].set(ylabel="log-likelihood under the target policy", xlabel="guidance weight")
+    axes[0, 1].set(ylabel="log-likelihood under the log's policy", xlabel="guidance weight")
+    axes[0, 1].legend(frameon=False, fontsize=7)
+    figure.suptitle(title)
+    save_figure(path, figure)
+
+
+def curves(rows: list[dict], shown: float) -> list[tuple[str, dict, str]]:
+    """-> (label, which rows, colour) of the models to compare."""
+    known = [
+        ("diffusion, unguided", {"model": "diffusion", "weight": 0.0}, "C0"),
+        (f"diffusion, guidance {shown:g}", {"model": "diffusion", "weight": shown}, "C1"),
+        ("world model", {"model": "world-model"}, "C2"),
+    ]
+    return [k for k in known if any(all(r[x] == v for x, v in k[1].items()) for r in rows)]
+
+
+def draw_dynamics(path: Path, rows, steps, shown: float, title: str, judge: str) -> None:
+    """Error against the target's distance, and against the rollout's length: of each step, and of
+    the whole path."""
+    targets = by_distance(rows)
+    chosen = [targets[i] for i in sorted({0, len(targets) // 2, len(targets) - 1})]
+    figure, axes = new_figure(2, 1 + len(chosen), 3.6, 2.8)
+    length = max(r["step"] for r in steps) + 1
+    for label, where, color in curves(rows, shown):
+        xs = [band(rows, "distance", target=name)[0] for name in targets]
+        for ax, what in zip(axes[:, 0], ("error", "error_median")):
+            line(ax, xs, [band(rows, what, target=n, **where) for n in targets], label, color,
+                 marker="o", ms=3)  # fmt: skip
+        for column, name in zip(axes[:, 1:].T, chosen):
+            of_target = [r for r in steps if r["target"] == name]
+            for ax, what in zip(column, ("error", "drift")):
+                bands = [band(of_target, what, step=t, **where) for t in range(length)]
+                line(ax, np.arange(1, length + 1), bands, label, color)
+            column[0].set(title=name, ylabel="error of the step")
+            column[1].set(xlabel="step", ylabel="median distance from the simulator")
+    axes[0, 0].set(ylabel="mean error", title="all steps")
+    axes[1, 0].set(ylabel="median error", xlabel="target's distance from the log's policy")
+    for ax in axes.flat:
+        ax.set_yscale("log")
+    axes[0, 0].legend(frameon=False, fontsize=7)
+    figure.suptitle(f"{title}, judged by {judge} (variances of the observations)", fontsize=10)
+    save_figure(path, figure)
+
+
+def draw_tradeoff(path: Path, rows: list[dict], title: str) -> None:
+    """Dynamics error against likelihood under the target: diffusion as its guidance grows, and the
+    world model."""
+    figure, axes = new_figure(1, 1, 5.5, 4.2)
+    ax, weights, targets = axes[0, 0], weights_of(rows), by_distance(rows)
+    for name, color in colors_of(targets).items():
+        where = {"target": name, "model": "diffusion"}
+        xs = [band(rows, "log_prob_target", weight=w, **where)[0] for w in weights]
+        bands = [band(rows, "error", weight=w, **where) for w in weights]
+        line(ax, xs, bands, name, color, marker="o", ms=3)
+        if any(r["model"] == "world-model" for r in rows):
+            star = [band(rows, what, target=name, model="world-model")[0]
+                    for what in ("log_prob_target", "error")]  # fmt: skip
+            ax.plot(*star, "*", color=color, ms=11, mec="black", mew=0.5)
+    ax.set(yscale="log", xlabel="log-likelihood of the actions under the target policy",
+           ylabel="dynamics error", title=title)  # fmt: skip
+    ax.plot(
+        [], [], "k-o", ms=3, label="diffusion, guidance " + ", ".join(f"{w:g}" for w in weights)
+    )
+    ax.plot([], [], "k*", ms=9, label="world model")
+    ax.legend(frameon=False, fontsize=7)
+    save_figure(path, figure)
+
+
+def draw_coverage(path: Path, samples: dict[str, Sample], rows, target: str, shown: float) -> None:
+    """Marginals of up to six observations, the distribution of returns, and the table's measures
+    against the log's own."""
+    figure, axes = new_figure(2, 5, 3.0, 2.6)
+    log = samples["log"]
+    spread = np.argsort(-log.obs.std((0, 1)))[: min(6, log.obs.shape[-1])]
+    for ax, channel in zip(axes.flat, np.sort(spread)):
+        bins = np.histogram_bin_edges(log.obs[..., channel], 40)
+        for (label, s), color in zip(samples.items(), ("0.6", "C0", "C1", "C2")):
+            style = {"histtype": "stepfilled" if label == "log" else "step", "density": True}
+            x = np.clip(s.obs[..., channel][s.valid], bins[0], bins[-1])
+            ax.hist(x, bins, color=color, label=label, **style)
+        ax.set(title=f"observation {channel}", yticks=[])
+    returns = {k: (s.reward * s.valid).sum(1) for k, s in samples.items()}
+    bins = np.histogram_bin_edges(np.concatenate(list(returns.values())), 30)
+    for (label, x), color in zip(returns.items(), ("0.6", "C0", "C1", "C2")):
+        style = {"histtype": "stepfilled" if label == "log" else "step", "density": True}
+        axes.flat[6].hist(x, bins, color=color, label=label, **style)
+    axes.flat[6].set(title=f"return of {log.obs.shape[1]} steps", yticks=[])
+    axes.flat[6].legend(frameon=False, fontsize=6)
+    wanted = [("log", {"model": "log"}, "0.6")]
+    wanted += [(k, w | {"target": target}, c) for k, w, c in curves(rows, shown)]
+    for ax, what in zip(axes.flat[7:], ("impossible", "nearest", "marginal")):
+        for i, (_, where, color) in enumerate(wanted):
+            mean, low, high = band(rows, what, **where)
+            ax.bar(i, mean, yerr=[[mean - low], [high - mean]], color=color)
+        ax.set(title=what, xticks=[])
+    for ax in axes.flat[len(spread) : 6]:
+        ax.axis("off")
+    figure.suptitle(f"target policy: {target}", fontsize=10)
+    save_figure(path, figure)
+
+
+PLANES = {  # what to draw of a low-dimensional task: (x axis, y axis, obs (n, L, O) -> x, y)
+    "pendulum": ("angle", "speed", lambda o: (np.arctan2(o[..., 1], o[..., 0]), o[..., 2])),
+    "reacher": (
+        "tip x", "tip y", lambda o: (o[..., 0] + o[..., 1], o[..., 2] + o[..., 3])
+    ),
+    "mountaincar-continuous": ("position", "speed", lambda o: (o[..., 0], o[..., 1])),
+    "swimmer": ("x", "y", lambda o: (o[..., -6], o[..., -5])),
+    "maze2d": ("x", "y", lambda o: (o[..., 0], o[..., 1])),
+}  # fmt: skip
+
+
+def draw_trajectories(path: Path, samples: dict[str, Sample], simulator: str | None) -> None:
+    """Paths in the plane of a small task; a strip of rendered frames for a MuJoCo body, or where
+    nothing can be rendered, the first angles over time."""
+    plane = PLANES.get((simulator or "").split("-")[0], PLANES.get(simulator))
+    if plane is None and simulator in envs.BODIES:
+        with contextlib.suppress(Exception):  # no OpenGL here, in any of its many ways to say so
+            frames = {k: envs.render(simulator, s.obs[0, ::6]) for k, s in samples.items()}
+            figure, axes = new_figure(len(frames), 1, 9.0, 1.6)
+            for ax, (label, images) in zip(axes[:, 0], frames.items()):
+                ax.imshow(np.concatenate(list(images), axis=1))
+                ax.set(ylabel=label, xticks=[], yticks=[])
+            return save_figure(path, figure)
+    figure, axes = new_figure(1, len(samples), 3.0, 3.0, sharex=True, sharey=True)
+    for ax, (label, s) in zip(axes[0], samples.items()):
+        for i in range(min(24, len(s.obs))):
+            obs = s.obs[i][s.valid[i]]
+            x, y = plane[2](obs) if plane else (np.arange(len(obs)), obs[:, 1])
+            jumps = np.abs(np.diff(x, prepend=x[:1])) > 3.0  # an angle that goes round
+            ax.plot(np.where(jumps, np.nan, x), y, lw=0.7)
+        names = plane[:2] if plane else ("step", "observation 1")
+        ax.set(title=label, xlabel=names[0], ylabel=names[1])
+    save_figure(path, figure)
+
+
+# --- Main ---
+
+
+def analyse(run_dirs: list[str], out: Path, args, flags: Sequence[str]) -> None:
+    loaded = [load_run(run_dir, flags) for run_dir in run_dirs]
+    session, _, own = loaded[0]
+    if len({x.task.fingerprint for x, _, _ in loaded}) > 1:
+        raise runs.RunError("these runs were trained on different logs")
+    models = {model.name: model for _, model, _ in loaded}
+    if len(models) < len(loaded):
+        raise runs.RunError("give one run of each kind: diffusion, world-model")
+    models = sorted(models.values(), key=lambda m: m.name)
+    num_seeds = min([args.num_seeds] + [m.config.num_seeds for m in models if not m.shared])
+    judge = make_judge(session)
+    targets = make_targets(session, num_seeds, sorted(args.updates))
+    targets += [own] if own else []
+    weights = sorted({0.0, *args.weights})
+    shown = min([w for w in weights if w > 0], key=lambda w: abs(w - args.shown))
+    tables, drawn = judge_all(models, targets, weights, session, judge, args.num, num_seeds)
+    rows, title = tables["likelihood"], f"{session.task.name}, {num_seeds} seeds"
+    for name, content in tables.items():
+        save_table(out / f"{name}.csv", content)
+    draw_dynamics(out / "dynamics.png", rows, tables["dynamics"], shown, title, judge.name)
+    far = by_distance(rows)[-1]
+    samples = {"log": drawn["", "log", 0.0]}
+    for label, where, _ in curves(rows, shown):
+        samples[label] = drawn[far, where["model"], where.get("weight", 0.0)]
+    draw_coverage(out / "coverage.png", samples, tables["coverage"], far, shown)
+    draw_trajectories(out / "trajectories.png", samples, session.task.simulator)
+    save_table(out / "trajectories.csv", list(trajectory_rows(samples)))
+    if any(m.name == "diffusion" for m in models):
+        draw_likelihood(out / "likelihood.png", rows, title)
+        draw_tradeoff(out / "tradeoff.png", rows, title)
+    print(f"\n{title}, judged by {judge.name}; mean over seeds and its 95 % interval\n")
+    print_table(rows, shown)
+    print(
+        f"\nsaved: {out}/ (likelihood, dynamics, coverage, trajectories: csv and png; tradeoff.png)"
+    )
+
+
+def trajectory_rows(samples: dict[str, Sample], num: int = 8):
+    """The first trajectories drawn, a row per step."""
+    for label, s in samples.items():
+        for i in range(min(num, len(s.obs))):
+            for t in np.flatnonzero(s.valid[i]):
+                row = {"model": label, "trajectory": i, "step": int(t), "reward": s.reward[i, t]}
+                row |= {f"obs{k}": x for k, x in enumerate(s.obs[i, t])}
+                yield row | {f"action{k}": x for k, x in enumerate(s.action[i, t])}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, flags = (
+        (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="+", metavar="TASK or RUN_DIR", help="or several RUN_DIRs")
+    parser.add_argument("--num-seeds", type=int, default=4, help="denoisers and policies of each")
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0, 4.0])
+    parser.add_argument("--shown", type=float, default=1.0, help="weight in tables and figures")
+    parser.add_argument("--num", type=int, default=128, help="trajectories per setting and seed")
+    parser.add_argument("--updates", type=int, nargs="+", default=[1_000, 5_000],
+                        help="stages of TD3+BC and IQL; multiples of 250")  # fmt: skip
+    parser.add_argument("--out", help="where to save; the first RUN_DIR, or analysis/TASK")
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+        if any(Path(w, "config.json").exists() for w in args.what):
+            run_dirs, out = args.what, Path(args.out or args.what[0])
+        elif len(args.what) > 1:
+            missing = next(w for w in args.what if not Path(w, "config.json").exists())
+            raise runs.RunError(f"there is no run in {missing}: it has no config.json")
+        else:
+            out = Path(args.out or Path("analysis") / args.what[0].replace(":", "-"))
+            run_dirs, flags = make_runs(args.what[0], out, args.num_seeds, flags), []
+        analyse(run_dirs, out, args, flags)
+    except (data.DataError, envs.EnvError, runs.RunError, pgd.UserError, OSError) as e:
+        print(f"analysis.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("analysis.py: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def check(args) -> None:
+    """Raise RunError, in one line, for settings that cannot work."""
+    rules = {
+        "--num-seeds and --num must be at least 1": min(args.num_seeds, args.num) >= 1,
+        "--weights must be at least 0, and one above it": min(args.weights) >= 0
+        and 0 < max(args.weights) < np.inf,
+        f"--updates must be multiples of {CHUNK}": all(
+            u > 0 and u % CHUNK == 0 for u in args.updates
+        ),
+    }
+    for message, holds in rules.items():
+        if not holds:
+            raise runs.RunError(message)
 
 
 if __name__ == "__main__":

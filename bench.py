@@ -102,8 +102,8 @@ def bench_denoiser(features: int, dataset: pgd.Dataset, rate: float, steps: int 
 
         @jax.jit
         def generate(key, state, agent_state, dataset, diffusion=diffusion):
-            log_prob = lambda obs, action: agent.log_prob(agent_state, obs, action)
-            return diffusion.generate(key, state, log_prob, 1.0, dataset)
+            policy = pgd.target_policy(agent, agent_state)
+            return diffusion.generate(key, state, policy, 1.0, dataset)
 
         best, first = seconds(generate, key, state, agent_state, dataset)
         calls = 2 * c.sample_steps - 1 + (c.sample_steps if guidance and denoised else 0)

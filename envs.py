@@ -172,15 +172,6 @@ def state_from_obs(obs: np.ndarray, num_qpos: int) -> tuple[np.ndarray, np.ndarr
     return np.pad(obs[:, : num_qpos - 1], ((0, 0), (1, 0))), obs[:, num_qpos - 1 :]
 
 
-def step_from(simulator: str, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
-    """obs (N, O), action (N, A) -> next_obs (N, O), as MuJoCo has it from exactly that state."""
-    if simulator not in BODIES:
-        raise EnvError(f"{simulator} cannot be put into a given state")
-    envs = MujocoEnvs(simulator, len(obs))
-    after = envs.physics(*state_from_obs(obs, envs.num_qpos), np.asarray(action, np.float64))
-    return observe(envs.body, *after)
-
-
 # --- MuJoCo through MJX: the same three tasks in pure JAX ---
 
 
@@ -248,6 +239,22 @@ def make_gymnax(task: str):
     space = env.action_space(params)
     low, high = (np.broadcast_to(np.float32(b), space.shape) for b in (space.low, space.high))
     return env, params, low, high
+
+
+def gymnax_state(task: str, state, obs):
+    """A state of the task with what obs (O,) says of it; angles come from their cosine and sine,
+    whose length does not matter."""
+    from jax.numpy import arctan2
+
+    if task == "pendulum":
+        return state.replace(theta=arctan2(obs[1], obs[0]), theta_dot=obs[2])
+    if task == "reacher":
+        cos, sin, speed, goal = obs.reshape(4, 2)
+        return state.replace(angles=arctan2(sin, cos), angle_vels=speed, goal_xy=goal)
+    if task == "mountaincar-continuous":
+        return state.replace(position=obs[0], velocity=obs[1])
+    urchins, (xy, speed, goal) = obs[:-6].reshape(-1, 2), obs[-6:].reshape(3, 2)
+    return state.replace(urchin_xys=urchins, xy=xy, xy_vel=speed, goal_xy=goal)
 
 
 class GymnaxEnvs:
@@ -561,6 +568,56 @@ def collect_in_program(task: str, policy: Callable, num: int, length: int, seed:
     log = {k: np.array(x) for k, x in zip(names, run(jax.random.key(seed)))}
     log["timeouts"][:, -1] |= ~log["terminals"][:, -1]
     return {k: v.reshape(num * length, *v.shape[2:]) for k, v in log.items()}
+
+
+# --- A simulator as the judge of a model ---
+
+
+def make_judge(simulator: str) -> Callable | None:
+    """-> judge(obs (N, O), action (N, A)) -> next_obs (N, O), what the simulator makes of exactly
+    these states, in the environment's units; None for a simulator that cannot be put into one."""
+    if simulator in BODIES:
+        return functools.partial(_mujoco_successors, simulator)
+    if simulator not in GYMNAX:
+        return None
+    import jax
+
+    env, params, _, _ = make_gymnax(simulator)
+    _, start = env.reset_env(jax.random.key(0), params)
+
+    def successor(obs, action):
+        state = gymnax_state(simulator, start, obs)
+        return env.step_env(jax.random.key(0), state, action, params)[0]
+
+    step = jax.jit(jax.vmap(successor))
+    return lambda obs, action: np.asarray(step(np.float32(obs), np.float32(action)))
+
+
+def _mujoco_successors(task: str, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
+    envs = MujocoEnvs(task, len(obs))
+    after = envs.physics(*state_from_obs(obs, envs.num_qpos), np.asarray(action, np.float64))
+    return observe(envs.body, *after)
+
+
+def render(task: str, obs: np.ndarray, size: int = 120) -> np.ndarray:
+    """obs (N, O) of a MuJoCo task -> frames (N, size, size, 3) uint8, x being 0 in all of them.
+
+    Needs OpenGL; without a display, MUJOCO_GL=egl or osmesa (set here to egl if nothing is).
+    """
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    mujoco = require("mujoco", "gymnasium[mujoco]")
+    _, model = load_body(task)
+    state, frames = mujoco.MjData(model), []
+    camera = mujoco.MjvCamera()
+    camera.distance, camera.elevation, camera.azimuth = 3.5, -10.0, 90.0
+    with contextlib.closing(mujoco.Renderer(model, size, size)) as renderer:
+        for qpos, _ in zip(*state_from_obs(obs, model.nq)):
+            state.qpos[:] = qpos
+            mujoco.mj_forward(model, state)
+            camera.lookat[:] = (0.0, 0.0, qpos[1] if task != "halfcheetah" else 0.3)
+            renderer.update_scene(state, camera)
+            frames.append(renderer.render())
+    return np.stack(frames)
 
 
 # --- Helpers ---

@@ -40,7 +40,7 @@ class Config:
     env: str | None = None  # task, D4RL's name or a gymnax one; pendulum-medium if nothing is given
     dataset_path: str | None = None  # train on this HDF5 or npz file; --env names its simulator
     agent: str = "td3_bc"  # algorithm in agents.py: bc, td3_bc or iql
-    synthetic: Literal["diffusion", "none"] = "diffusion"  # what the agent trains on; none: the log
+    synthetic: Literal["diffusion", "world-model", "none"] = "diffusion"  # none: the log alone
     preset: Literal["default", "smoke", "laptop", "paper"] = "default"  # sets the defaults below
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds seed, seed + 1, ... in one vmapped program
@@ -91,6 +91,20 @@ class Config:
     guidance_normalise: bool = True  # scale each trajectory's gradient to unit length
     guidance_denoised: bool = True  # gradient at D(x; sigma) rather than at x; one more call a step
 
+    # --- World model (world_model.py; MBPO's recipe, with MOPO's penalty) ---
+    members: int = 7  # Gaussian networks in the ensemble
+    elites: int = 5  # of which the best on held-out transitions are used
+    model_layers: int = 4  # hidden layers of each
+    model_hidden: int = 200  # and their width
+    model_steps: int = 40_000  # Adam steps at most
+    model_chunk: int = 500  # steps between two looks at the held-out error
+    patience: int = 10  # looks without an improvement by 1 % in any member, then training stops
+    model_batch: int = 256  # transitions per step and member
+    model_lr: float = 1e-3  # learning rate
+    model_decay: float = 2.5e-5  # weight decay
+    rollout: int = 5  # steps of a rollout from a logged state
+    penalty: float = 0.0  # MOPO's: reward less this times the largest predicted std of an elite
+
     # --- Agent loop ---
     rounds: int = 10  # times that synthetic data is made anew with the current policy
     updates: int = 1_000  # agent updates per round
@@ -112,8 +126,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         trajectories=8_192, sample_batch=1_024,
     ),
     "smoke": dict(
-        features=16, blocks=1, fit_steps=200, sample_steps=8, rounds=2, updates=50, trajectories=64,
-        sample_batch=64, eval_episodes=4,
+        features=16, blocks=1, fit_steps=200, sample_steps=8, model_steps=200, model_chunk=50,
+        rounds=2, updates=50, trajectories=64, sample_batch=64, eval_episodes=4,
     ),
     "laptop": dict(
         features=128, fit_steps=32_000, rounds=8, updates=5_000, trajectories=1_024,
@@ -164,6 +178,8 @@ class Dataset(NamedTuple):
     val_starts: chex.Array  # (V,) and of those held out
     usable: chex.Array  # (K,) steps whose successor is known, or not needed
     successors: chex.Array  # (K,) theirs; those of time-outs, if known, follow the N steps
+    train_rows: chex.Array  # (P,) of the K, those of episodes to train on
+    val_rows: chex.Array  # (Q,) and those of episodes held out
     normalizer: Normalizer
     action_low: chex.Array  # (A,) in the environment's units
     action_high: chex.Array  # (A,)
@@ -175,6 +191,12 @@ class Dataset(NamedTuple):
     @property
     def obs_dim(self) -> int:
         return self.steps.shape[-1] - self.act_dim - 2
+
+    def transitions(self, rows: chex.Array) -> Transition:
+        """rows (...), each below K -> Transition (...) of the log."""
+        obs, action, reward, done = split_steps(self, self.steps[self.usable[rows]])
+        next_obs = self.steps[self.successors[rows], : self.obs_dim]
+        return Transition(obs, action, reward, next_obs, done)
 
 
 # --- Make the data set ---
@@ -231,28 +253,33 @@ def make_dataset(
 
     starts = window_starts(terminals, timeouts, config.horizon, config.stride)
     episode = np.concatenate([[0], np.cumsum(terminals | timeouts)[:-1]])  # of each step
-    needs_windows = config.synthetic != "none"
+    needs_windows = config.synthetic == "diffusion"
     if len(starts) < 2 and needs_windows:
         raise UserError(
             f"the log has {len(starts)} windows of {config.horizon} steps, its longest episode "
             f"{np.bincount(episode).max()} steps; lower --horizon or bring more data"
         )
-    with_windows = np.unique(episode[starts])
-    if len(with_windows) > 1:
-        num_val = max(1, round(config.validation * len(with_windows)))
+    episodes = np.unique(episode[starts] if needs_windows else episode)
+    if len(episodes) > 1:
+        num_val = max(1, round(config.validation * len(episodes)))
         if config.held_out == "random":
-            with_windows = np.random.default_rng(0).permutation(with_windows)
-        held_out = with_windows[-num_val:]
+            episodes = np.random.default_rng(0).permutation(episodes)
+        held_out = episodes[-num_val:]
         val = np.isin(episode[starts], held_out)
-        train = ~val
+        train, val_step = ~val, np.isin(episode, held_out)
     else:  # one long episode: its end is held out
-        boundary = starts[-max(1, round(config.validation * len(starts))) :].min(initial=num)
+        boundary = num - max(1, round(config.validation * num))
+        boundary = starts[-max(1, round(config.validation * len(starts))) :].min(initial=boundary)
         val, train = starts >= boundary, starts + config.horizon <= boundary
+        val_step = np.arange(num) >= boundary
     usable = np.flatnonzero(~timeouts)
     successors = np.where(terminals[usable], usable, usable + 1)  # a terminal's is never looked at
     if len(after):
         usable = np.concatenate([usable, np.flatnonzero(timeouts)])
         successors = np.concatenate([successors, num + np.arange(len(after))])
+    val_row = val_step[usable]
+    if config.synthetic == "world-model" and len(set(val_row)) < 2:
+        raise UserError("the log is too short to hold transitions out for a world model")
     for name, size, have in [
         ("fit-batch", config.fit_batch, train.sum()),
         ("batch-size", config.batch_size, len(usable)),
@@ -265,6 +292,8 @@ def make_dataset(
         val_starts=jnp.asarray(starts[val], jnp.int32),
         usable=jnp.asarray(usable, jnp.int32),
         successors=jnp.asarray(successors, jnp.int32),
+        train_rows=jnp.asarray(np.flatnonzero(~val_row), jnp.int32),
+        val_rows=jnp.asarray(np.flatnonzero(val_row), jnp.int32),
         normalizer=Normalizer(jnp.float32(mean), jnp.float32(std)),
         action_low=jnp.asarray(low),
         action_high=jnp.asarray(high),
@@ -294,10 +323,7 @@ def sample_windows(key, dataset: Dataset, starts: chex.Array, num: int, horizon:
 
 def sample_real(key, dataset: Dataset, num: int) -> Transition:
     """-> Transition (num, ...): steps of the log drawn with replacement."""
-    k = jax.random.randint(key, (num,), 0, dataset.usable.shape[0])
-    obs, action, reward, done = split_steps(dataset, dataset.steps[dataset.usable[k]])
-    next_obs = dataset.steps[dataset.successors[k], : dataset.obs_dim]
-    return Transition(obs, action, reward, next_obs, done)
+    return dataset.transitions(jax.random.randint(key, (num,), 0, dataset.usable.shape[0]))
 
 
 def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
@@ -561,8 +587,25 @@ class Generator(NamedTuple):
     init: Callable  # (key) -> state
     fit_chunk: Callable  # (key, state, dataset) -> (state, metrics)
     num_chunks: int  # calls of fit_chunk that make the whole fit
-    generate: Callable  # (key, state, log_prob, weight, dataset) -> Transition (S, ...)
+    generate: Callable  # (key, state, policy, weight, dataset) -> Transition (S, ...)
     validate: Callable  # (state, dataset) -> metrics on what was held out
+    length: int = 1  # steps of a trajectory; generate lays S / length of them end to end
+
+
+class TargetPolicy(NamedTuple):
+    """What a Generator may ask of the current policy; obs standardised, actions in [-1, 1]."""
+
+    log_prob: Callable  # (obs (..., O), action (..., A)) -> (...)
+    sample: Callable  # (key, obs (..., O)) -> action (..., A)
+
+
+def target_policy(agent, agent_state) -> TargetPolicy:
+    """An agent in one of its states; one that has no `sample` is deterministic."""
+    sample = getattr(agent, "sample", None) or (lambda key, state, obs: agent.act(state, obs))
+    return TargetPolicy(
+        functools.partial(agent.log_prob, agent_state),
+        lambda key, obs: sample(key, agent_state, obs),
+    )
 
 
 class DenoiserState(NamedTuple):
@@ -610,10 +653,10 @@ def make_diffusion(config: Config, obs_dim: int, act_dim: int) -> Generator:
         state, losses = jax.lax.scan(fit_step, state, None, config.fit_chunk)
         return state, {"loss": jnp.mean(losses)}
 
-    def generate(key, state, log_prob, weight, dataset):
+    def generate(key, state, policy, weight, dataset):
         denoiser, guide = make_denoiser(state.ema), None
         if config.guidance != 0:
-            guide = make_policy_guide(log_prob, dataset, config, weight, denoiser)
+            guide = make_policy_guide(policy.log_prob, dataset, config, weight, denoiser)
         churn = (config.s_churn, config.s_tmin, config.s_tmax, config.s_noise)
         shape = (config.sample_batch, config.horizon, dataset.steps.shape[-1])
         x = jax.lax.map(
@@ -629,7 +672,8 @@ def make_diffusion(config: Config, obs_dim: int, act_dim: int) -> Generator:
         )
         return {"validation_loss": jnp.mean(losses)}
 
-    return Generator(init, fit_chunk, config.fit_steps // config.fit_chunk, generate, validate)
+    num_chunks = config.fit_steps // config.fit_chunk
+    return Generator(init, fit_chunk, num_chunks, generate, validate, config.horizon)
 
 
 def make_resampler(config: Config, obs_dim: int = 0, act_dim: int = 0) -> Generator:
@@ -639,7 +683,7 @@ def make_resampler(config: Config, obs_dim: int = 0, act_dim: int = 0) -> Genera
         init=lambda key: (),
         fit_chunk=lambda key, state, dataset: (state, {}),
         num_chunks=0,
-        generate=lambda key, state, log_prob, weight, dataset: sample_real(key, dataset, num),
+        generate=lambda key, state, policy, weight, dataset: sample_real(key, dataset, num),
         validate=lambda state, dataset: {},
     )
 
@@ -699,9 +743,9 @@ def make_train(
     num_real = config.batch_size if config.synthetic == "none" else config.real_batch
 
     def generate(key, round_state, gen_state, dataset):
-        log_prob = functools.partial(agent.log_prob, round_state.agent)
+        policy = target_policy(agent, round_state.agent)
         weight = config.guidance * (round_state.round > 0)  # the first policy knows nothing yet
-        return generator.generate(key, gen_state, log_prob, weight, dataset)
+        return generator.generate(key, gen_state, policy, weight, dataset)
 
     def init_rounds(key, gen_state, dataset):
         key_init, _ = jax.random.split(key)
@@ -796,7 +840,8 @@ def vmap_seeds(trainer: Trainer, shared_denoiser: bool) -> Trainer:
 
 AT_LEAST_ONE = (
     "num_seeds stride features levels blocks expansion groups kernel fit_steps fit_chunk fit_batch "
-    "rounds updates batch_size trajectories sample_batch buffer_rounds eval_episodes export_steps"
+    "rounds updates batch_size trajectories sample_batch buffer_rounds eval_episodes export_steps "
+    "members elites model_layers model_hidden model_steps model_chunk patience model_batch rollout"
 ).split()
 
 
@@ -807,7 +852,8 @@ def check_config(c: Config) -> None:
         for name in AT_LEAST_ONE
     } | {
         "--horizon must be at least 2": c.horizon >= 2,
-        "--export needs --synthetic diffusion": not c.export or c.synthetic != "none",
+        "--export needs --synthetic diffusion or world-model": not c.export
+        or c.synthetic != "none",
         "--sample-steps must be at least 2": c.sample_steps >= 2,
         "--kernel must be odd": c.kernel % 2 == 1,
         "--features must be a multiple of --groups, and even": c.features % c.groups == 0
@@ -816,6 +862,12 @@ def check_config(c: Config) -> None:
         % 2 ** (c.levels - 1)
         == 0,
         "--fit-steps must be a multiple of --fit-chunk": c.fit_steps % c.fit_chunk == 0,
+        "--model-steps must be a multiple of --model-chunk": c.model_steps % c.model_chunk == 0,
+        "--elites must be at most --members": c.elites <= c.members,
+        "--rollout must be at most --horizon x --trajectories": c.rollout
+        <= c.horizon * c.trajectories,
+        "--model-lr must be above 0": c.model_lr > 0,
+        "--model-decay and --penalty must be at least 0": min(c.model_decay, c.penalty) >= 0,
         "--trajectories must be a multiple of --sample-batch": c.trajectories % c.sample_batch == 0,
         "--real-batch must lie between 0 and --batch-size": 0 <= c.real_batch <= c.batch_size,
         "--validation must lie between 0 and 1": 0 < c.validation < 1,
@@ -901,6 +953,7 @@ def build(config: Config) -> Session:
     import agents
     import data
     import envs
+    import world_model
 
     check_config(config)
     if config.export:
@@ -916,7 +969,8 @@ def build(config: Config) -> Session:
     task.release_log()
 
     dims = dataset.obs_dim, dataset.act_dim
-    make_generator = make_resampler if config.synthetic == "none" else make_diffusion
+    makers = {"diffusion": make_diffusion, "world-model": world_model.make_world_model}
+    make_generator = makers.get(config.synthetic, make_resampler)
     mjx = config.physics == "mjx" or config.physics == "auto" and config.fused and envs.has_mjx()
     if config.physics == "mjx" and task.simulator not in envs.BODIES:
         raise UserError(f"--physics mjx is for {', '.join(envs.BODIES)}, not for {task.name}")
@@ -1018,7 +1072,8 @@ def run_chunks(config: Config, session: Session, folder):
                 gen_state, metrics = fit_chunk(fit_key, gen_state, dataset)
                 loss = float(np.mean(metrics["loss"]))
             if not np.isfinite(loss):
-                raise UserError(f"the denoiser's loss is {loss}; lower --fit-lr")
+                flag = "--fit-lr" if config.synthetic == "diffusion" else "--model-lr"
+                raise UserError(f"the loss is {loss}; lower {flag}")
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
             folder.save((np.int32(chunk + 1), gen_state, state))
@@ -1039,17 +1094,17 @@ def run_chunks(config: Config, session: Session, folder):
     return gen_state, state
 
 
-def transitions_to_log(t: Transition, horizon: int, dataset: Dataset) -> dict[str, np.ndarray]:
-    """Synthetic transitions (S * T, ...), trajectories end to end -> a log in D4RL's layout and the
-    environment's units, with next_observations.
+def transitions_to_log(t: Transition, length: int, dataset: Dataset) -> dict[str, np.ndarray]:
+    """Synthetic transitions (S * length, ...), trajectories end to end -> a log in D4RL's layout
+    and the environment's units, with next_observations.
 
-    A trajectory ends at its first terminal; if it has none, by a time-out after T - 1 steps, its
-    last having no successor.
+    A trajectory ends at its first terminal, or by a time-out at the last step that starts where the
+    one before it ended (a stand-in does not).
     """
-    t = Transition(*(np.asarray(x).reshape(-1, horizon, *x.shape[1:]) for x in t))
+    t = Transition(*(np.asarray(x).reshape(-1, length, *x.shape[1:]) for x in t))
     done = t.done > 0
-    keep = np.cumsum(done, axis=1) - done == 0
-    keep[:, -1] &= done[:, -1]
+    goes_on = ~done[:, :-1] & np.all(t.obs[:, 1:] == t.next_obs[:, :-1], axis=-1)
+    keep = np.cumprod(np.pad(goes_on, ((0, 0), (1, 0)), constant_values=True), axis=1) > 0
     last = keep & (np.cumsum(keep, axis=1) == keep.sum(1, keepdims=True))
     mean, std = (np.asarray(x[: dataset.obs_dim]) for x in dataset.normalizer)
     return {
@@ -1063,7 +1118,7 @@ def transitions_to_log(t: Transition, horizon: int, dataset: Dataset) -> dict[st
 
 
 def export(config: Config, session: Session, gen_state, state) -> list[str]:
-    """Write synthetic data guided by each seed's final policy, whole rounds of trajectories until
+    """Write synthetic data under each seed's final policy, whole rounds of trajectories until
     there are --export-steps transitions -> the files written, one per seed."""
     from tqdm import tqdm
 
@@ -1081,15 +1136,15 @@ def export(config: Config, session: Session, gen_state, state) -> list[str]:
             made = jax.tree.map(np.asarray, generate(at, state, gen_state, dataset))
             for s, parts in enumerate(logs):
                 one = jax.tree.map(lambda x, s=s: x[s], made)
-                parts.append(transitions_to_log(one, config.horizon, dataset))
+                parts.append(transitions_to_log(one, session.trainer.generator.length, dataset))
             rows = min(sum(len(part["rewards"]) for part in parts) for parts in logs)
             i += 1
             bar.update(min(rows, config.export_steps) - bar.n)
     written = []
     for seed, parts in zip(seeds, logs):
         log = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        about = f"synthetic, guidance {config.guidance:g}, {config.agent} seed {seed}, "
-        about += f"denoiser trained on {session.task.source}"
+        how = f"guidance {config.guidance:g}" if config.synthetic == "diffusion" else "world model"
+        about = f"synthetic, {how}, {config.agent} seed {seed}, trained on {session.task.source}"
         target = data.export_target(config.export, seed, len(seeds))
         data.export(target, log, session.task, about)
         written.append(target)

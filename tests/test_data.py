@@ -634,8 +634,11 @@ def toy_transitions():
     obs = np.arange(24, dtype=np.float32).reshape(12, 2)
     done = np.zeros(12, np.float32)
     done[[5, 11]] = 1.0
-    return pgd.Transition(obs, np.linspace(-1, 1, 12, dtype=np.float32)[:, None], obs[:, 0],
-                          obs + 2.0, done)  # fmt: skip
+    action = np.linspace(-1, 1, 12, dtype=np.float32)[:, None]
+    made = pgd.Transition(obs, action, obs[:, 0], obs + 2.0, done)
+    for field in made:
+        field[3] = field[1]  # the stand-in for a last step without a successor
+    return made
 
 
 class Units:  # of a data set
