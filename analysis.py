@@ -372,6 +372,10 @@ def judge_all(models, targets, weights, session, judge, num: int, num_seeds: int
     about = {"target": "", "distance": 0.0, "model": "log", "weight": 0.0, "seed": 0}
     tables["coverage"].append(about | coverage(log, ref, dataset))
     drawn, samplers = {("", "log", 0.0): log}, {}
+    away = {
+        target.name: [distance(target, clone, seed, dataset) for seed in range(num_seeds)]
+        for target in targets
+    }
     settings = [
         (target, model, weight)
         for target in targets
@@ -387,7 +391,7 @@ def judge_all(models, targets, weights, session, judge, num: int, num_seeds: int
                 s = samplers[kind](target, seed, weight)
                 about = {
                     "target": target.name,
-                    "distance": distance(target, clone, seed, dataset),
+                    "distance": away[target.name][seed],
                     "model": model.name,
                     "weight": weight,
                     "seed": seed,

@@ -113,6 +113,13 @@ def member_inputs(t, scale):
     return jnp.concatenate([t.obs, t.action], axis=-1), (target - mean) / std, t.done
 
 
+def bootstrap(key, i: chex.Array, num: int) -> chex.Array:
+    """i (B,), each below num -> (B,): the i-th draws of a member's own resample of the log, num
+    draws with replacement, without storing it."""
+    draw = lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, num)
+    return jax.vmap(draw)(i)
+
+
 # --- The ensemble as a Generator ---
 
 
@@ -157,12 +164,10 @@ def make_world_model(config, obs_dim: int, act_dim: int) -> WorldModel:
         has_terminals = (dataset.normalizer.mean[-1] > 0).astype(jnp.float32)
 
         def one_member(member, params, opt_state, step):
-            # Each member has its own bootstrap: its i-th transition is a fixed one, drawn at random
-            key_member = jax.random.fold_in(key_bootstrap, member)
             key_batch = jax.random.fold_in(jax.random.fold_in(key_steps, step), member)
             i = jax.random.randint(key_batch, (config.model_batch,), 0, num)
-            draw = lambda i: jax.random.randint(jax.random.fold_in(key_member, i), (), 0, num)
-            batch = dataset.transitions(dataset.train_rows[jax.vmap(draw)(i)])
+            i = bootstrap(jax.random.fold_in(key_bootstrap, member), i, num)
+            batch = dataset.transitions(dataset.train_rows[i])
             inputs = member_inputs(batch, scale)
             loss, grads = jax.value_and_grad(member_loss)(params, *inputs, has_terminals)
             updates, opt_state = optimiser.update(grads, opt_state, params)
@@ -237,7 +242,9 @@ def make_world_model(config, obs_dim: int, act_dim: int) -> WorldModel:
 
         key_start, key_steps = jax.random.split(key)
         keys = jax.random.split(key_steps, config.rollout)
-        rows = jax.lax.scan(step, start(key_start), keys)[1]
+        obs, action, reward, next_obs, done = jax.lax.scan(step, start(key_start), keys)[1]
+        follow = jnp.concatenate([obs[1:], next_obs[-1:]])  # equal to the last bit, not nearly
+        rows = obs, action, reward, jnp.where(done[..., None] > 0, next_obs, follow), done
         in_order = [jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]) for x in rows]
         like = jax.eval_shape(dataset.transitions, jnp.zeros(1, jnp.int32))
         return type(like)(*in_order)

@@ -11,11 +11,13 @@ from conftest import real_log, toy_log
 import agents
 import data
 import pgd
+import world_model
 
 CONFIG = pgd.Config(
     horizon=8, features=16, blocks=1, fit_steps=20, fit_chunk=5, fit_batch=8, sample_steps=4,
     rounds=3, updates=4, batch_size=16, real_batch=4, trajectories=8, sample_batch=4,
-    buffer_rounds=2,
+    buffer_rounds=2, members=3, elites=2, model_hidden=16, model_layers=2, model_steps=20,
+    model_chunk=5, model_batch=16, rollout=3,
 )  # fmt: skip
 
 
@@ -27,8 +29,8 @@ def evaluate(key, act):
 def make(config=CONFIG, agent=None):
     dataset = pgd.make_dataset(toy_log(), config)
     agent = agent or agents.td3_bc(hidden=(16, 16))
-    maker = pgd.make_resampler if config.synthetic == "none" else pgd.make_diffusion
-    generator = maker(config, 3, 2)
+    makers = {"none": pgd.make_resampler, "world-model": world_model.make_world_model}
+    generator = makers.get(config.synthetic, pgd.make_diffusion)(config, 3, 2)
     return pgd.make_train(config, agent, generator, 3, 2, evaluate), dataset
 
 
@@ -36,7 +38,7 @@ def assert_close(a, b, tol=1e-4):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tol, atol=tol), a, b)
 
 
-@pytest.mark.parametrize("synthetic", ["diffusion", "none"])
+@pytest.mark.parametrize("synthetic", ["diffusion", "world-model", "none"])
 def test_chunks_equal_the_whole(synthetic):
     trainer, dataset = make(dataclasses.replace(CONFIG, synthetic=synthetic))
     key_fit, key_rounds = jax.random.split(jax.random.key(5))
@@ -56,9 +58,11 @@ def test_chunks_equal_the_whole(synthetic):
     assert len(set(np.round(returns, 6))) == CONFIG.rounds  # something was learnt in every round
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_every_seed_under_vmap_equals_that_seed_alone(shared):
-    trainer, dataset = make()
+@pytest.mark.parametrize(
+    "synthetic, shared", [("diffusion", True), ("diffusion", False), ("world-model", False)]
+)
+def test_every_seed_under_vmap_equals_that_seed_alone(synthetic, shared):
+    trainer, dataset = make(dataclasses.replace(CONFIG, synthetic=synthetic))
     many = pgd.vmap_seeds(trainer, shared)
     seeds = jnp.array([3, 11])
     keys = jax.vmap(jax.random.key)(seeds)
