@@ -14,8 +14,10 @@ trajectories, each a csv and a png, and the trade-off between the first two.
 import argparse
 import contextlib
 import csv
+import ctypes.util
 import dataclasses
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -723,6 +725,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="stages of TD3+BC and IQL; multiples of 250")  # fmt: skip
     parser.add_argument("--out", help="where to save; the first RUN_DIR, or analysis/TASK")
     args = parser.parse_args(argv)
+    if "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
     try:
         check(args)
         if any(Path(w, "config.json").exists() for w in args.what):

@@ -602,9 +602,8 @@ def _mujoco_successors(task: str, obs: np.ndarray, action: np.ndarray) -> np.nda
 def render(task: str, obs: np.ndarray, size: int = 120) -> np.ndarray:
     """obs (N, O) of a MuJoCo task -> frames (N, size, size, 3) uint8, x being 0 in all of them.
 
-    Needs OpenGL; without a display, MUJOCO_GL=egl or osmesa (set here to egl if nothing is).
+    Needs OpenGL; without a display, MUJOCO_GL=egl or osmesa, set before MuJoCo is imported.
     """
-    os.environ.setdefault("MUJOCO_GL", "egl")
     mujoco = require("mujoco", "gymnasium[mujoco]")
     _, model = load_body(task)
     state, frames = mujoco.MjData(model), []
