@@ -25,6 +25,7 @@ import data
 import envs
 import pgd
 import runs
+import world_model
 
 OBS, ACT = 17, 6  # halfcheetah
 LOG_SIZE = 1_000_000
@@ -112,6 +113,47 @@ def bench_denoiser(features: int, dataset: pgd.Dataset, rate: float, steps: int 
             f"Heun step of 32 trajectories, {features} features, {name}",
             best / c.sample_steps, first, flops / best / rate,
         )  # fmt: skip
+
+
+def bench_world_model(dataset: pgd.Dataset, rate: float, steps: int = 50):
+    """Rows for a training step of the ensemble and for a step of its rollouts, next to diffusion's
+    way of making as many transitions."""
+    num = 31 * 128
+    config = pgd.Config(model_chunk=steps, patience=10**6, horizon=31, trajectories=128, rollout=31)
+    model, key = world_model.make_world_model(config, OBS, ACT), jax.random.key(0)
+    state = jax.jit(model.init)(key)
+    width = config.model_hidden
+    one = (OBS + ACT) * width + (config.model_layers - 1) * width**2 + width * (2 * OBS + 3)
+    best, first = seconds(jax.jit(model.fit_chunk), key, state, dataset)
+    flops = 3 * 2 * one * config.members * config.model_batch * steps
+    what = f"world model training step, {config.members} members, batch {config.model_batch}"
+    yield what, best / steps, first, flops / best / rate
+
+    agent = agents.td3_bc()
+    agent_state = agent.init(key, OBS, ACT)
+
+    @jax.jit
+    def roll_out(key, state, agent_state, dataset):
+        policy = pgd.target_policy(agent, agent_state)
+        return model.generate(key, state, policy, 1.0, dataset)
+
+    best, first = seconds(roll_out, key, state, agent_state, dataset)
+    flops = 2 * one * config.elites * num
+    yield "1,000 transitions of the world model", best / num * 1e3, first, flops / best / rate
+
+    config = pgd.Config(features=128, trajectories=128, sample_batch=128)
+    diffusion = pgd.make_diffusion(config, OBS, ACT)
+
+    @jax.jit
+    def generate(key, state, agent_state, dataset):
+        policy = pgd.target_policy(agent, agent_state)
+        return diffusion.generate(key, state, policy, 1.0, dataset)
+
+    state = jax.jit(diffusion.init)(key)
+    best, first = seconds(generate, key, state, agent_state, dataset, repeats=2)
+    flops = 128 * (3 * config.sample_steps - 1) * unet_flops(config)
+    what = "1,000 transitions of guided diffusion, 128 features, 32 levels"
+    yield what, best / num * 1e3, first, flops / best / rate
 
 
 def mlp_flops(inputs: int, outputs: int, batch: int = 256, hidden: int = 256) -> float:
@@ -297,6 +339,8 @@ def device_table(features: list[int]) -> dict:
         print(f"| {name:<75} | {numbers} |", flush=True)
 
     for row in bench_agents(dataset, rate):
+        show(row)
+    for row in bench_world_model(dataset, rate):
         show(row)
     for num in features:
         for row in bench_denoiser(num, dataset, rate):

@@ -213,7 +213,8 @@ def table(final: dict) -> str:
     behaviour = final["behaviour_return"]
     lines.append(f"  {'behaviour':<14}{behaviour:>10.1f}{_number(final['behaviour_score']):>10}")
     lines.append("")
-    for name in ("validation_loss", "log_prob_synthetic", "log_prob_real"):
+    held_out = ("validation_loss", "validation_error", "validation_r2", "within_1_sigma")
+    for name in (*held_out, "within_2_sigma", "log_prob_synthetic", "log_prob_real"):
         if final.get(name) is not None:
             lines.append(f"  {name.replace('_', ' '):<20}{final[name]:>10.3f}")
     total = sum(final["wall_seconds"].values())

@@ -19,7 +19,8 @@ import pgd
 
 TINY = (
     "--features 16 --blocks 1 --fit-steps 40 --fit-chunk 10 --fit-batch 16 --sample-steps 4 "
-    "--rounds 3 --updates 10 --trajectories 16 --sample-batch 16 --eval-episodes 2"
+    "--rounds 3 --updates 10 --trajectories 16 --sample-batch 16 --eval-episodes 2 "
+    "--model-steps 60 --model-chunk 10 --members 3 --elites 2 --model-hidden 16"
 ).split()
 
 
@@ -91,9 +92,12 @@ def test_fused_equals_chunks(toy_file, tmp_path):
     assert before["wall_seconds"]["fused"] == after["wall_seconds"]["fused"]
 
 
-@pytest.mark.parametrize("stage", ["fit", "rounds"])
-def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(stage, tmp_path):
+@pytest.mark.parametrize(
+    "stage, synthetic", [("fit", "diffusion"), ("rounds", "diffusion"), ("fit", "world-model")]
+)
+def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(stage, synthetic, tmp_path):
     args = ("--env", "pendulum-medium", *TINY, "--fit-steps", 400, "--rounds", 12)
+    args = (*args, "--model-steps", 2000, "--synthetic", synthetic)
     args = (*args, "--export-steps", 100, "--export")
     whole = call(*args, tmp_path / "whole.npz", "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
@@ -241,6 +245,22 @@ def test_the_log_alone_needs_no_denoiser(tmp_path, toy_file):
     pgd.main([*args, "--num-seeds", "2", "--out", str(tmp_path / "r")])
     final = finals(tmp_path / "r")
     assert final["synthetic"] == "none" and "validation_loss" not in final
+
+
+def test_a_world_model_run_reports_and_exports_its_rollouts(tmp_path, toy_file, capsys):
+    args = ["--dataset-path", str(toy_file), *TINY, "--synthetic", "world-model", "--rollout", "4"]
+    args += ["--num-seeds", "2", "--export", str(tmp_path / "w.npz"), "--export-steps", "600"]
+    pgd.main([*args, "--out", str(tmp_path / "r")])
+    final = finals(tmp_path / "r")
+    assert final["synthetic"] == "world-model" and final["guidance"] is None
+    assert -10 < final["validation_r2"] < 1 and 0 < final["within_1_sigma"] < 1
+    assert "validation r2" in capsys.readouterr().out
+    for seed in (0, 1):
+        log = data.read_log(tmp_path / f"w-seed{seed}.npz")
+        _, lengths = data.episode_returns(log)
+        assert len(log["rewards"]) >= 600 and lengths.max() == 4
+    with np.load(tmp_path / "w-seed0.npz") as z:
+        assert "world model" in str(z["source"])
 
 
 def test_every_setting_has_its_own_help_line():
