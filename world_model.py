@@ -58,8 +58,8 @@ def init_member(key, num_in: int, num_out: int, hidden: int, layers: int) -> dic
     keys = jax.random.split(key, len(sizes) - 1)
     return {
         "layers": [(normal(k, i, o), jnp.zeros(o)) for k, i, o in zip(keys, sizes, sizes[1:])],
-        "max_log_var": jnp.full(num_out, 0.5),
-        "min_log_var": jnp.full(num_out, -10.0),
+        "max_log_var": jnp.full(num_out, 0.5, jnp.float32),
+        "min_log_var": jnp.full(num_out, -10.0, jnp.float32),
     }
 
 
@@ -140,7 +140,7 @@ def make_world_model(config, obs_dim: int, act_dim: int) -> WorldModel:
             params=params,
             opt_state=jax.vmap(optimiser.init)(params),
             best=params,
-            best_error=jnp.full(config.members, jnp.inf),
+            best_error=jnp.full(config.members, jnp.inf, jnp.float32),
             stale=jnp.zeros((), jnp.int32),
             step=jnp.zeros((), jnp.int32),
         )

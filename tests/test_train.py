@@ -58,6 +58,18 @@ def test_chunks_equal_the_whole(synthetic):
     assert len(set(np.round(returns, 6))) == CONFIG.rounds  # something was learnt in every round
 
 
+@pytest.mark.parametrize("synthetic", ["diffusion", "world-model"])
+def test_a_chunk_leaves_the_kind_of_state_it_takes_so_that_it_compiles_once(synthetic):
+    trainer, dataset = make(dataclasses.replace(CONFIG, synthetic=synthetic))
+    kind = lambda tree: [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
+    key, generator = jax.random.key(0), trainer.generator
+    gen = jax.eval_shape(generator.init, key)
+    assert kind(jax.eval_shape(generator.fit_chunk, key, gen, dataset)[0]) == kind(gen)
+    state = jax.eval_shape(trainer.init_rounds, key, gen, dataset)
+    after = jax.eval_shape(trainer.round_chunk, key, state, gen, dataset)[0]
+    assert kind(after) == kind(state)
+
+
 @pytest.mark.parametrize(
     "synthetic, shared", [("diffusion", True), ("diffusion", False), ("world-model", False)]
 )
