@@ -313,6 +313,21 @@ def drift(s: Sample, judge: Judge, std: np.ndarray) -> np.ndarray:
     return np.where(s.valid, np.stack(out, axis=1), np.nan)
 
 
+def amplification(dataset: pgd.Dataset, judge: Judge, num: int = 2_000) -> list[dict]:
+    """-> rows: the dynamics error that logged transitions would have if each of their states
+    carried noise of so many standard deviations. A stiff simulator makes much of little."""
+    t, rng = pgd.sample_real(jax.random.key(4), dataset, num), np.random.default_rng(0)
+    mean, std = (np.asarray(x[: dataset.obs_dim]) for x in dataset.normalizer)
+    obs, action = np.asarray(t.obs) * std + mean, np.asarray(pgd.unscale_action(dataset, t.action))
+    after, rows = judge.step(obs, action), []
+    for noise in (0.003, 0.01, 0.03, 0.1):
+        before = obs + noise * std * rng.standard_normal(obs.shape)
+        moved = np.mean(((judge.step(before, action) - after) / std) ** 2, axis=-1) + noise**2
+        row = {"noise": noise, "error": moved.mean(), "error_median": np.median(moved)}
+        rows.append({k: float(v) for k, v in row.items()})
+    return rows
+
+
 class Reference(NamedTuple):
     """What the log says is usual, in standardised units."""
 
@@ -678,6 +693,7 @@ def analyse(run_dirs: list[str], out: Path, args, flags: Sequence[str]) -> None:
     shown = min([w for w in weights if w > 0], key=lambda w: abs(w - args.shown))
     tables, drawn = judge_all(models, targets, weights, session, judge, args.num, num_seeds)
     rows, title = tables["likelihood"], f"{session.task.name}, {num_seeds} seeds"
+    tables["amplification"] = amplification(session.dataset, judge)
     for name, content in tables.items():
         save_table(out / f"{name}.csv", content)
     draw_dynamics(out / "dynamics.png", rows, tables["dynamics"], shown, title, judge.name)
@@ -693,8 +709,11 @@ def analyse(run_dirs: list[str], out: Path, args, flags: Sequence[str]) -> None:
         draw_tradeoff(out / "tradeoff.png", rows, title)
     print(f"\n{title}, judged by {judge.name}; mean over seeds and its 95 % interval\n")
     print_table(rows, shown)
+    floor = ", ".join(f"{r['noise']:g}: {r['error']:.4f}" for r in tables["amplification"])
+    print(f"\nerror of the log itself with noise of so many standard deviations in it: {floor}")
     print(
-        f"\nsaved: {out}/ (likelihood, dynamics, coverage, trajectories: csv and png; tradeoff.png)"
+        f"\nsaved: {out}/ (likelihood, dynamics, coverage, trajectories: csv and png; "
+        "tradeoff.png, amplification.csv)"
     )
 
 

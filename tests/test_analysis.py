@@ -66,6 +66,13 @@ def test_error_and_drift_of_a_known_mistake_in_variances_of_each_observation():
     )
 
 
+def test_noise_in_a_log_is_an_error_of_known_size(dataset):
+    """x' = x / 2 + a turns noise of variance v into v / 4, and next_obs has its own v."""
+    judge = analysis.Judge(lambda obs, action: 0.5 * obs + action.sum(-1, keepdims=True), "a line")
+    for row in analysis.amplification(dataset, judge):
+        assert row["error"] == pytest.approx(1.25 * row["noise"] ** 2, rel=0.05)
+
+
 def test_nothing_is_judged_after_a_terminal():
     s = true_sample()
     valid = s.valid.copy()
@@ -169,7 +176,9 @@ def test_a_task_name_gives_every_table_and_figure(analysed):
     out, said = analysed
     names = {p.name for p in out.iterdir() if p.is_file()}
     both = ("likelihood", "dynamics", "coverage", "trajectories")
-    assert names == {f"{n}.{kind}" for n in both for kind in ("csv", "png")} | {"tradeoff.png"}
+    assert names == {f"{n}.{kind}" for n in both for kind in ("csv", "png")} | {
+        "tradeoff.png", "amplification.csv"
+    }  # fmt: skip
     targets = {"clone", "clone + noise 0.2", "clone + noise 0.5", "td3_bc 250", "iql 250",
                "shipped early1", "shipped expert"}  # fmt: skip
     rows = rows_of(out / "likelihood.csv")
