@@ -328,6 +328,17 @@ def amplification(dataset: pgd.Dataset, judge: Judge, num: int = 2_000) -> list[
     return rows
 
 
+def held_out_rows(model: Model, dataset: pgd.Dataset, num_seeds: int) -> list[dict]:
+    """-> rows: the world model's one-step predictions of held-out episodes, per observation."""
+    made, rows = world_model.make_world_model(model.config, dataset.obs_dim, dataset.act_dim), []
+    for seed in range(1 if model.shared else num_seeds):
+        measured = jax.jit(made.score)(model.of(seed), dataset)
+        for i in range(dataset.obs_dim):
+            about = {"seed": seed, "observation": i}
+            rows.append(about | {name: float(x[i]) for name, x in measured.items()})
+    return rows
+
+
 class Reference(NamedTuple):
     """What the log says is usual, in standardised units."""
 
@@ -351,7 +362,7 @@ def make_reference(dataset: pgd.Dataset) -> Reference:
 
 def coverage(s: Sample, ref: Reference, dataset: pgd.Dataset) -> dict[str, float]:
     """-> impossible: fraction of states outside the log's range by more than MARGIN of it;
-    nearest: median distance of (obs, action) to the nearest logged one, both standardised;
+    nearest: median distance of (standardised obs, action in [-1, 1]) to the nearest logged one;
     marginal: distance of each observation's distribution from the log's (Wasserstein, standard
     deviations), averaged; reward: mean per step."""
     obs = ((s.obs - ref.mean) / ref.std)[s.valid]
@@ -421,7 +432,7 @@ def judge_all(models, targets, weights, session, judge, num: int, num_seeds: int
                     "error_median": np.nanmedian(error),
                 }
                 tables["likelihood"].append(about | summary)
-                for t in range(length):
+                for t in np.flatnonzero(s.valid.any(0)).tolist():
                     row = {"step": t, "error": np.nanmean(error[:, t])}
                     tables["dynamics"].append(about | row | {"drift": np.nanmedian(path[:, t])})
                 tables["coverage"].append(about | coverage(s, ref, dataset))
@@ -448,6 +459,8 @@ def band(rows: list[dict], what: str, **where) -> tuple[float, float, float]:
     """The rows that agree with `where` -> mean over seeds, and the ends of its 95 % interval; of
     errors, which spread over orders of magnitude, the geometric mean."""
     found = [float(r[what]) for r in rows if all(r[k] == v for k, v in where.items())]
+    if not found:  # no trajectory was still going on
+        return np.nan, np.nan, np.nan
     if what in ERRORS:
         return tuple(float(np.exp(x)) for x in _interval(np.log(np.maximum(found, 1e-12))))
     return _interval(found)
@@ -458,20 +471,20 @@ def _interval(found) -> tuple[float, float, float]:
     return mean, *(interval or (mean, mean))
 
 
-def print_table(rows: list[dict], shown: float) -> None:
-    """A line per target policy, nearest first: likelihoods and errors without guidance, at the
-    weight shown, and of the world model."""
-    header = ["target policy", "distance", "under target: 0", f"{shown:g}", "under log's: 0"]
-    header += [f"{shown:g}", "error: 0", f"{shown:g}", "world model"]
-    print("| " + " | ".join(header) + " |")
-    print("|" + "---|" * len(header))
+def table(rows: list[dict], shown: float) -> str:
+    """A line per target policy, nearest first: log-likelihoods and dynamics errors without
+    guidance, at the weight shown, and of the world model."""
+    first = ["", "", "under the target", "", "under the log's", "", "dynamics error", "", ""]
+    second = ["target policy", "distance", *3 * ["unguided", f"guidance {shown:g}"], "world model"]
+    lines = [first, len(first) * ["---"], second]
     for target in by_distance(rows):
-        cells = [target, f"{band(rows, 'distance', target=target)[0]:.2f}"]
+        line = [target, f"{band(rows, 'distance', target=target)[0]:.2f}"]
         for what in ("log_prob_target", "log_prob_behaviour", "error"):
             for weight in (0.0, shown):
-                cells.append(cell(rows, what, target=target, model="diffusion", weight=weight))
-        cells.append(cell(rows, "error", target=target, model="world-model"))
-        print("| " + " | ".join(cells) + " |")
+                line.append(cell(rows, what, target=target, model="diffusion", weight=weight))
+        line.append(cell(rows, "error", target=target, model="world-model"))
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def cell(rows: list[dict], what: str, **where) -> str:
@@ -694,6 +707,9 @@ def analyse(run_dirs: list[str], out: Path, args, flags: Sequence[str]) -> None:
     tables, drawn = judge_all(models, targets, weights, session, judge, args.num, num_seeds)
     rows, title = tables["likelihood"], f"{session.task.name}, {num_seeds} seeds"
     tables["amplification"] = amplification(session.dataset, judge)
+    for own_session, model, _ in loaded:
+        if model.name == "world-model":
+            tables["world_model"] = held_out_rows(model, own_session.dataset, num_seeds)
     for name, content in tables.items():
         save_table(out / f"{name}.csv", content)
     draw_dynamics(out / "dynamics.png", rows, tables["dynamics"], shown, title, judge.name)
@@ -707,14 +723,15 @@ def analyse(run_dirs: list[str], out: Path, args, flags: Sequence[str]) -> None:
     if any(m.name == "diffusion" for m in models):
         draw_likelihood(out / "likelihood.png", rows, title)
         draw_tradeoff(out / "tradeoff.png", rows, title)
-    print(f"\n{title}, judged by {judge.name}; mean over seeds and its 95 % interval\n")
-    print_table(rows, shown)
     floor = ", ".join(f"{r['noise']:g}: {r['error']:.4f}" for r in tables["amplification"])
-    print(f"\nerror of the log itself with noise of so many standard deviations in it: {floor}")
-    print(
-        f"\nsaved: {out}/ (likelihood, dynamics, coverage, trajectories: csv and png; "
-        "tradeoff.png, amplification.csv)"
+    text = (
+        f"{title}, judged by {judge.name}; mean over seeds (95 % interval)\n\n"
+        f"{table(rows, shown)}\n\n"
+        f"error of the log itself with noise of so many standard deviations in it: {floor}\n"
     )
+    with runs.atomic_file(out / "table.md") as f:
+        f.write(text.encode())
+    print(f"\n{text}\nsaved: {out}/ (table.md, tradeoff.png, and csv and png of each measure)")
 
 
 def trajectory_rows(samples: dict[str, Sample], num: int = 8):

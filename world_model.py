@@ -27,6 +27,7 @@ class WorldModel(NamedTuple):
     validate: Callable  # (state, dataset) -> metrics on the episodes held out
     length: int  # steps of a rollout; generate lays S / length of them end to end
     predict: Callable  # (state, obs (..., O), action (..., A), dataset) -> Prediction
+    score: Callable  # (state, dataset) -> errors on the episodes held out, per observation
 
 
 class Prediction(NamedTuple):
@@ -249,25 +250,32 @@ def make_world_model(config, obs_dim: int, act_dim: int) -> WorldModel:
         like = jax.eval_shape(dataset.transitions, jnp.zeros(1, jnp.int32))
         return type(like)(*in_order)
 
-    def validate(state, dataset):
-        """One-step predictions of held-out transitions: squared error and R^2 of the mean over
-        elites, in the log's variances, and how often the target lies within 1 and 2 sigma."""
+    def score(state, dataset):
+        """One-step predictions of held-out transitions, per observation (O,): mean squared error of
+        the elites' mean in the log's variances, R^2 of the change, and how often the target lies
+        within 1 and 2 sigma of an elite's."""
         t = held_out(dataset)
         p = predict(state, t.obs, t.action, dataset)
         keep = (1.0 - t.done)[:, None]
-        count = jnp.maximum(jnp.sum(keep), 1.0)
-        over = lambda x: jnp.sum(x * keep, axis=0) / count
-        squared = over((jnp.mean(p.next_obs, 0) - t.next_obs) ** 2)  # (O,)
-        change = t.next_obs - t.obs
+        over = lambda x: jnp.sum(x * keep, axis=-2) / jnp.maximum(jnp.sum(keep), 1.0)
+        error, change = over((jnp.mean(p.next_obs, 0) - t.next_obs) ** 2), t.next_obs - t.obs
         spread = over((change - over(change)) ** 2)
         z = jnp.abs(p.next_obs - t.next_obs) / p.obs_std
-        inside = lambda n: jnp.mean(jax.vmap(over)((z < n).astype(jnp.float32)))
+        inside = lambda n: jnp.mean(over((z < n).astype(jnp.float32)), axis=0)
+        r2 = 1.0 - error / jnp.maximum(spread, 1e-12)
+        return {"error": error, "r2": r2, "within_1_sigma": inside(1), "within_2_sigma": inside(2)}
+
+    def validate(state, dataset):
+        """The same over all observations: means, but the median R^2."""
+        s = score(state, dataset)
         return {
-            "validation_error": jnp.mean(squared),
-            "validation_r2": jnp.median(1.0 - squared / jnp.maximum(spread, 1e-12)),
-            "within_1_sigma": inside(1.0),
-            "within_2_sigma": inside(2.0),
+            "validation_error": jnp.mean(s["error"]),
+            "validation_r2": jnp.median(s["r2"]),
+            "within_1_sigma": jnp.mean(s["within_1_sigma"]),
+            "within_2_sigma": jnp.mean(s["within_2_sigma"]),
         }
 
     num_chunks = config.model_steps // config.model_chunk
-    return WorldModel(init, fit_chunk, num_chunks, generate, validate, config.rollout, predict)
+    return WorldModel(
+        init, fit_chunk, num_chunks, generate, validate, config.rollout, predict, score
+    )
