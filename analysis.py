@@ -488,13 +488,11 @@ def table(rows: list[dict], shown: float) -> str:
 
 
 def cell(rows: list[dict], what: str, **where) -> str:
-    if not any(all(r[k] == v for k, v in where.items()) for r in rows):
-        return "-"
+    """ "mean (low to high)", or a dash where no row agrees with `where`."""
     mean, low, high = band(rows, what, **where)
-    digits = 4 if what == "error" else 2
-    return f"{mean:.{digits}f}" + (
-        f" ({low:.{digits}f} to {high:.{digits}f})" if low < high else ""
-    )
+    show = lambda x: f"{x:.2g}" if what in ERRORS else f"{x:.2f}"
+    interval = f" ({show(low)} to {show(high)})" if low < high else ""
+    return "-" if np.isnan(mean) else show(mean) + interval
 
 
 def by_distance(rows: list[dict]) -> list[str]:
@@ -723,7 +721,7 @@ def analyse(run_dirs: list[str], out: Path, args, flags: Sequence[str]) -> None:
     if any(m.name == "diffusion" for m in models):
         draw_likelihood(out / "likelihood.png", rows, title)
         draw_tradeoff(out / "tradeoff.png", rows, title)
-    floor = ", ".join(f"{r['noise']:g}: {r['error']:.4f}" for r in tables["amplification"])
+    floor = ", ".join(f"{r['noise']:g}: {r['error']:.2g}" for r in tables["amplification"])
     text = (
         f"{title}, judged by {judge.name}; mean over seeds (95 % interval)\n\n"
         f"{table(rows, shown)}\n\n"

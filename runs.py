@@ -216,7 +216,7 @@ def table(final: dict) -> str:
     held_out = ("validation_loss", "validation_error", "validation_r2", "within_1_sigma")
     for name in (*held_out, "within_2_sigma", "log_prob_synthetic", "log_prob_real"):
         if final.get(name) is not None:
-            lines.append(f"  {name.replace('_', ' '):<20}{final[name]:>10.3f}")
+            lines.append(f"  {name.replace('_', ' '):<20}{final[name]:>10.4g}")
     total = sum(final["wall_seconds"].values())
     parts = ", ".join(f"{stage} {s:.0f}" for stage, s in final["wall_seconds"].items())
     lines.append(f"  {'wall time':<20}{total:>8.0f} s ({parts})")
