@@ -1,6 +1,7 @@
 """The method's claims, checked on one log: a table and a figure each.
 
     python analysis.py pendulum-medium                  # trains what it needs, then judges it
+    python analysis.py my_log.hdf5 -- --env halfcheetah-medium   # your log, and who judges it
     python analysis.py RUN_DIR [RUN_DIR ...]            # finished runs of pgd.py on one log
     python analysis.py RUN_DIR -- --s-churn 0           # with other settings of the sampler
     python analysis.py hopper-medium -- --fit-steps 4000  # or of what it trains
@@ -65,6 +66,12 @@ class Target(NamedTuple):
         return jax.tree.map(lambda x: x[seed], self.states)
 
 
+SAMPLER = (
+    "sample_steps sigma_min sigma_max rho s_churn s_tmin s_tmax s_noise guidance_sine "
+    "guidance_normalise guidance_denoised"
+).split()
+
+
 def load_run(run_dir: str, flags: Sequence[str] = ()) -> tuple[pgd.Session, Model, Target | None]:
     """A finished run -> its session, its generator, and its agents if they have learnt."""
     import tyro
@@ -74,16 +81,17 @@ def load_run(run_dir: str, flags: Sequence[str] = ()) -> tuple[pgd.Session, Mode
     done, state, rounds = pgd.restore(session, folder)
     if config.synthetic == "none":
         raise runs.RunError(f"{run_dir} was trained on the log alone: there is nothing to judge")
-    if done != session.trainer.generator.num_chunks or fingerprint != session.task.fingerprint:
+    finished = done == session.trainer.generator.num_chunks and rounds.round[0] == config.rounds
+    if not finished or fingerprint != session.task.fingerprint:
         raise runs.RunError(f"{run_dir} is not a finished run on the log that is here now")
     if config.synthetic == "diffusion" and flags:
         changed = tyro.cli(pgd.Config, args=list(flags), default=config)
         for field in dataclasses.fields(config):
             same = getattr(changed, field.name) == getattr(config, field.name)
-            if not same and not field.name.startswith(
-                ("s_", "sigma", "sample_", "rho", "guidance")
-            ):
-                raise runs.RunError(f"--{field.name} cannot be changed in a finished run")
+            if not same and field.name not in SAMPLER:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise runs.RunError(f"{flag} cannot be changed here, only the sampler's settings")
+        pgd.check_config(changed)
         config = changed
     model = Model(config.synthetic, config, state, session.shared_denoiser)
     if config.rounds * config.updates < 100:
@@ -96,16 +104,25 @@ def make_runs(task: str, out: Path, num_seeds: int, flags: Sequence[str]) -> lis
     """Fit a denoiser and a world model per seed to the task's log, unless that was done before ->
     their run folders."""
     folders = []
+    log = ["--dataset-path" if task.endswith((".hdf5", ".npz")) else "--env", task]
     for synthetic in ("diffusion", "world-model"):
         folder = out / synthetic
+        argv = [*log, "--synthetic", synthetic, "--num-seeds", str(num_seeds)]
+        argv += ["--no-shared-denoiser", "--rounds", "1", "--updates", "1", "--eval-episodes", "1"]
+        argv += ["--trajectories", "32", "--sample-batch", "32", "--out", str(folder), *flags]
+        config = pgd.parse_config(argv, tuple(envs.GYMNAX))
+        if (folder / "config.json").exists():
+            before = runs.Run.resume(str(folder), pgd.Config)[1]
+            for field in dataclasses.fields(config):
+                same = getattr(before, field.name) == getattr(config, field.name)
+                if not same and field.name not in ("dataset_path", "source", "env"):
+                    flag = f"--{field.name.replace('_', '-')}"
+                    raise runs.RunError(
+                        f"{folder} was made with another {flag}; name another --out"
+                    )
+            config = dataclasses.replace(pgd.Config(), resume=str(folder))
         if not (folder / "final.json").exists():
-            argv = ["--env", task, "--synthetic", synthetic, "--num-seeds", str(num_seeds)]
-            argv += ["--no-shared-denoiser", "--rounds", "1", "--updates", "1"]
-            argv += ["--eval-episodes", "1", "--trajectories", "32", "--sample-batch", "32"]
-            argv += ["--out", str(folder), *flags]
-            if (folder / "config.json").exists():
-                argv = ["--resume", str(folder)]
-            pgd.run(pgd.parse_config(argv, tuple(envs.GYMNAX)))
+            pgd.run(config)
         folders.append(str(folder))
     return folders
 
@@ -205,23 +222,22 @@ class Judge(NamedTuple):
 
 def make_judge(session: pgd.Session) -> Judge:
     """The log's simulator; where it cannot be put into a state, a world model of its own, trained
-    with other keys and a wider network on every transition of the log."""
+    with other keys and a wider network."""
     step = envs.make_judge(session.task.simulator)
     if step is not None:
         return Judge(step, f"simulator {session.task.simulator}")
     print(
         f"warning: no simulator for {session.task.name} can be put into a state; an independent "
-        "model judges instead, whose own errors are in every figure",
+        "model judges instead: its own errors are in every figure, and it favours its like",
         file=sys.stderr,
     )
     config = pgd.Config(synthetic="world-model", model_hidden=256, model_layers=3)
     dataset = session.dataset
-    everything = dataset._replace(train_rows=jnp.arange(len(dataset.usable)))
     model = world_model.make_world_model(config, dataset.obs_dim, dataset.act_dim)
     key = jax.random.key(2**31 - 1)
     fit_chunk, state = jax.jit(model.fit_chunk, donate_argnums=1), jax.jit(model.init)(key)
     for _ in tqdm(range(model.num_chunks), "independent model", disable=None):
-        state, _ = fit_chunk(key, state, everything)
+        state, _ = fit_chunk(key, state, dataset)
         if state.stale >= config.patience:
             break
     mean, std = (x[: dataset.obs_dim] for x in dataset.normalizer)
@@ -242,7 +258,8 @@ class Sample(NamedTuple):
     action: np.ndarray  # (n, L, A)
     reward: np.ndarray  # (n, L)
     next_obs: np.ndarray  # (n, L, O)
-    valid: np.ndarray  # (n, L), whether the trajectory was still going on, and goes on
+    going: np.ndarray  # (n, L), whether the trajectory had not ended before this step
+    valid: np.ndarray  # (n, L), nor ends with it: its next_obs means something
     log_prob: np.ndarray  # (n, L) under the target policy
     log_prob_behaviour: np.ndarray  # (n, L) under the log's policy cloned
 
@@ -273,24 +290,26 @@ def make_sampler(model: Model, agent, clone: Target, dataset, num: int, length: 
         key = jax.random.key(1_000 + seed)
         made = generate(key, *states, jnp.float32(weight), dataset)
         t, action, log_prob, under_clone = jax.tree.map(np.asarray, made)
-        valid = np.cumsum(t.done, axis=1) == 0
+        ended = np.cumsum(t.done, axis=1)
         obs, next_obs = t.obs * std + mean, t.next_obs * std + mean
-        return Sample(obs, action, t.reward, next_obs, valid, log_prob, under_clone)
+        masks = ended - t.done == 0, ended == 0
+        return Sample(obs, action, t.reward, next_obs, *masks, log_prob, under_clone)
 
     return sample
 
 
 def real_sample(dataset: pgd.Dataset, num: int, length: int) -> Sample:
-    """Windows of the log as a Sample, without likelihoods; fewer steps where none is that long."""
+    """Windows of the log as a Sample, without likelihoods; of the length it was cut into."""
+    if not len(dataset.train_starts):
+        raise runs.RunError(f"no episode of the log has {length + 1} steps; lower --horizon")
     x = pgd.sample_windows(jax.random.key(0), dataset, dataset.train_starts, num, length + 1)
     obs, action, reward, done = pgd.split_steps(dataset, x)
     mean, std = (x[: dataset.obs_dim] for x in dataset.normalizer)
     obs, action = np.asarray(obs * std + mean), np.asarray(pgd.unscale_action(dataset, action))
-    valid = np.cumsum(np.asarray(done), axis=1)[:, :-1] == 0
-    none = np.full(valid.shape, np.nan)
-    return Sample(
-        obs[:, :-1], action[:, :-1], np.asarray(reward)[:, :-1], obs[:, 1:], valid, none, none
-    )
+    done, reward = np.asarray(done)[:, :-1], np.asarray(reward)[:, :-1]
+    ended, none = np.cumsum(done, axis=1), np.full(done.shape, np.nan)
+    masks = ended - done == 0, ended == 0
+    return Sample(obs[:, :-1], action[:, :-1], reward, obs[:, 1:], *masks, none, none)
 
 
 def dynamics_error(s: Sample, judge: Judge, std: np.ndarray) -> np.ndarray:
@@ -365,27 +384,31 @@ def coverage(s: Sample, ref: Reference, dataset: pgd.Dataset) -> dict[str, float
     nearest: median distance of (standardised obs, action in [-1, 1]) to the nearest logged one;
     marginal: distance of each observation's distribution from the log's (Wasserstein, standard
     deviations), averaged; reward: mean per step."""
-    obs = ((s.obs - ref.mean) / ref.std)[s.valid]
-    unit = 2 * (s.action[s.valid] - dataset.action_low) / (dataset.action_high - dataset.action_low)
-    slack = MARGIN * (ref.high - ref.low) + 1e-6
+    obs = ((s.obs - ref.mean) / ref.std)[s.going]
+    low, high = dataset.action_low, dataset.action_high
+    unit = 2 * (s.action[s.going] - low) / (high - low) - 1
+    slack = MARGIN * np.where(ref.high > ref.low, ref.high - ref.low, 1.0)
     outside = np.any((obs < ref.low - slack) | (obs > ref.high + slack), axis=-1)
     rows = np.random.default_rng(0).permutation(len(obs))[:1_000]
-    x = np.concatenate([obs, unit - 1.0], axis=-1)[rows]
+    x = np.concatenate([obs, unit], axis=-1)[rows]
+    quantiles = np.quantile(obs, np.linspace(0, 1, 101), axis=0)
     return {
         "impossible": float(outside.mean()),
         "nearest": float(np.median(nearest(x, ref.steps))),
-        "marginal": float(
-            np.abs(np.quantile(obs, np.linspace(0, 1, 101), axis=0) - ref.quantiles).mean()
-        ),
-        "reward": float(s.reward[s.valid].mean()),
+        "marginal": float(np.abs(quantiles - ref.quantiles).mean()),
+        "reward": float(s.reward[s.going].mean()),
     }
 
 
 @jax.jit
 def nearest(x, log):
-    """x (n, D), log (N, D) -> (n,): distance to the nearest other row."""
-    square = jnp.sum(x**2, 1)[:, None] + jnp.sum(log**2, 1) - 2 * x @ log.T
-    return jnp.sqrt(jnp.maximum(jnp.min(jnp.where(square < 1e-6, jnp.inf, square), axis=1), 0.0))
+    """x (n, D), log (N, D) -> (n,): distance to the nearest row that is not the same."""
+
+    def one(row):
+        square = jnp.sum((log - row) ** 2, axis=-1)  # exact; |x|^2 + |y|^2 - 2 x y is not
+        return jnp.sqrt(jnp.min(jnp.where(square < 1e-9, jnp.inf, square)))
+
+    return jax.lax.map(one, x)
 
 
 # --- Tables: a row per target policy, model, guidance weight and seed ---
@@ -394,11 +417,18 @@ def nearest(x, log):
 def judge_all(models, targets, weights, session, judge, num: int, num_seeds: int):
     """-> (rows of each table, samples of the first seed by (target, model, weight))."""
     dataset, clone, ref = session.dataset, targets[0], make_reference(session.dataset)
-    length = next(m.config.horizon for m in models) - 1
+    length = models[0].config.horizon - 1  # of the diffusion model, where there is one
     tables = {"likelihood": [], "dynamics": [], "coverage": []}
     log = real_sample(dataset, num, length)
     about = {"target": "", "distance": 0.0, "model": "log", "weight": 0.0, "seed": 0}
+    error = dynamics_error(log, judge, ref.std)
+    of_log = {"log_prob_target": np.nan, "log_prob_behaviour": np.nan}
+    of_log |= {"error": np.nanmean(error), "error_median": np.nanmedian(error)}
+    tables["likelihood"].append(about | of_log)
     tables["coverage"].append(about | coverage(log, ref, dataset))
+    print(f"dynamics error of the log itself: {of_log['error']:.2g} by {judge.name}")
+    if of_log["error"] > 1e-3:
+        print("warning: the judge does not reproduce the log; is --env its task?", file=sys.stderr)
     drawn, samplers = {("", "log", 0.0): log}, {}
     away = {
         target.name: [distance(target, clone, seed, dataset) for seed in range(num_seeds)]
@@ -426,14 +456,15 @@ def judge_all(models, targets, weights, session, judge, num: int, num_seeds: int
                 }
                 error, path = dynamics_error(s, judge, ref.std), drift(s, judge, ref.std)
                 summary = {
-                    "log_prob_target": s.log_prob[s.valid].mean(),
-                    "log_prob_behaviour": s.log_prob_behaviour[s.valid].mean(),
-                    "error": np.nanmean(error),
-                    "error_median": np.nanmedian(error),
+                    "log_prob_target": s.log_prob[s.going].mean(),
+                    "log_prob_behaviour": s.log_prob_behaviour[s.going].mean(),
+                    "error": np.nanmean(error) if s.valid.any() else np.nan,
+                    "error_median": np.nanmedian(error) if s.valid.any() else np.nan,
                 }
                 tables["likelihood"].append(about | summary)
                 for t in np.flatnonzero(s.valid.any(0)).tolist():
-                    row = {"step": t, "error": np.nanmean(error[:, t])}
+                    row = {"step": t, "going": s.valid[:, t].mean()}
+                    row["error"] = np.nanmean(error[:, t])
                     tables["dynamics"].append(about | row | {"drift": np.nanmedian(path[:, t])})
                 tables["coverage"].append(about | coverage(s, ref, dataset))
                 if seed == 0:
@@ -626,10 +657,10 @@ def draw_coverage(path: Path, samples: dict[str, Sample], rows, target: str, sho
         bins = np.histogram_bin_edges(log.obs[..., channel], 40)
         for (label, s), color in zip(samples.items(), ("0.6", "C0", "C1", "C2")):
             style = {"histtype": "stepfilled" if label == "log" else "step", "density": True}
-            x = np.clip(s.obs[..., channel][s.valid], bins[0], bins[-1])
+            x = np.clip(s.obs[..., channel][s.going], bins[0], bins[-1])
             ax.hist(x, bins, color=color, label=label, **style)
         ax.set(title=f"observation {channel}", yticks=[])
-    returns = {k: (s.reward * s.valid).sum(1) for k, s in samples.items()}
+    returns = {k: (s.reward * s.going).sum(1) for k, s in samples.items()}
     bins = np.histogram_bin_edges(np.concatenate(list(returns.values())), 30)
     for (label, x), color in zip(returns.items(), ("0.6", "C0", "C1", "C2")):
         style = {"histtype": "stepfilled" if label == "log" else "step", "density": True}
@@ -656,17 +687,19 @@ PLANES = {  # what to draw of a low-dimensional task: (x axis, y axis, obs (n, L
     ),
     "mountaincar-continuous": ("position", "speed", lambda o: (o[..., 0], o[..., 1])),
     "swimmer": ("x", "y", lambda o: (o[..., -6], o[..., -5])),
-    "maze2d": ("x", "y", lambda o: (o[..., 0], o[..., 1])),
 }  # fmt: skip
 
 
 def draw_trajectories(path: Path, samples: dict[str, Sample], simulator: str | None) -> None:
     """Paths in the plane of a small task; a strip of rendered frames for a MuJoCo body, or where
     nothing can be rendered, the first angles over time."""
-    plane = PLANES.get((simulator or "").split("-")[0], PLANES.get(simulator))
+    plane = PLANES.get(simulator)
     if plane is None and simulator in envs.BODIES:
+        frames = {}
         with contextlib.suppress(Exception):  # no OpenGL here, in any of its many ways to say so
-            frames = {k: envs.render(simulator, s.obs[0, ::6]) for k, s in samples.items()}
+            for label, s in samples.items():
+                frames[label] = envs.render(simulator, s.obs[0][s.going[0]][::6])
+        if len(frames) == len(samples):
             figure, axes = new_figure(len(frames), 1, 9.0, 1.6)
             for ax, (label, images) in zip(axes[:, 0], frames.items()):
                 ax.imshow(np.concatenate(list(images), axis=1))
@@ -675,11 +708,11 @@ def draw_trajectories(path: Path, samples: dict[str, Sample], simulator: str | N
     figure, axes = new_figure(1, len(samples), 3.0, 3.0, sharex=True, sharey=True)
     for ax, (label, s) in zip(axes[0], samples.items()):
         for i in range(min(24, len(s.obs))):
-            obs = s.obs[i][s.valid[i]]
-            x, y = plane[2](obs) if plane else (np.arange(len(obs)), obs[:, 1])
+            obs = s.obs[i][s.going[i]]
+            x, y = plane[2](obs) if plane else (np.arange(len(obs)), obs[:, -1])
             jumps = np.abs(np.diff(x, prepend=x[:1])) > 3.0  # an angle that goes round
             ax.plot(np.where(jumps, np.nan, x), y, lw=0.7)
-        names = plane[:2] if plane else ("step", "observation 1")
+        names = plane[:2] if plane else ("step", "last observation")
         ax.set(title=label, xlabel=names[0], ylabel=names[1])
     save_figure(path, figure)
 
@@ -689,21 +722,24 @@ def draw_trajectories(path: Path, samples: dict[str, Sample], simulator: str | N
 
 def analyse(run_dirs: list[str], out: Path, args, flags: Sequence[str]) -> None:
     loaded = [load_run(run_dir, flags) for run_dir in run_dirs]
-    session, _, own = loaded[0]
+    loaded.sort(key=lambda x: x[1].name)  # diffusion first: its horizon cuts the log
+    session, models = loaded[0][0], [model for _, model, _ in loaded]
     if len({x.task.fingerprint for x, _, _ in loaded}) > 1:
         raise runs.RunError("these runs were trained on different logs")
-    models = {model.name: model for _, model, _ in loaded}
-    if len(models) < len(loaded):
+    if len({model.name for model in models}) < len(models):
         raise runs.RunError("give one run of each kind: diffusion, world-model")
-    models = sorted(models.values(), key=lambda m: m.name)
-    num_seeds = min([args.num_seeds] + [m.config.num_seeds for m in models if not m.shared])
+    if flags and models[0].name != "diffusion":
+        raise runs.RunError("there is no sampler to change in a world model")
+    own = [target for _, _, target in loaded if target]
+    limits = [m.config.num_seeds for m in models if own or not m.shared]
+    num_seeds = min([args.num_seeds, *limits])
     judge = make_judge(session)
-    targets = make_targets(session, num_seeds, sorted(args.updates))
-    targets += [own] if own else []
+    targets = make_targets(session, num_seeds, sorted(args.updates)) + own
     weights = sorted({0.0, *args.weights})
     shown = min([w for w in weights if w > 0], key=lambda w: abs(w - args.shown))
     tables, drawn = judge_all(models, targets, weights, session, judge, args.num, num_seeds)
     rows, title = tables["likelihood"], f"{session.task.name}, {num_seeds} seeds"
+    title += " (of the policies alone: one model for all)" if any(m.shared for m in models) else ""
     tables["amplification"] = amplification(session.dataset, judge)
     for own_session, model, _ in loaded:
         if model.name == "world-model":
@@ -736,7 +772,7 @@ def trajectory_rows(samples: dict[str, Sample], num: int = 8):
     """The first trajectories drawn, a row per step."""
     for label, s in samples.items():
         for i in range(min(num, len(s.obs))):
-            for t in np.flatnonzero(s.valid[i]):
+            for t in np.flatnonzero(s.going[i]):
                 row = {"model": label, "trajectory": i, "step": int(t), "reward": s.reward[i, t]}
                 row |= {f"obs{k}": x for k, x in enumerate(s.obs[i, t])}
                 yield row | {f"action{k}": x for k, x in enumerate(s.action[i, t])}
@@ -765,18 +801,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(args)
         if any(Path(w, "config.json").exists() for w in args.what):
             run_dirs, out = args.what, Path(args.out or args.what[0])
+        elif args.what == [""]:
+            raise runs.RunError("the task has no name")
+        elif inside := [str(p.parent) for p in Path(args.what[0]).glob("*/config.json")]:
+            raise runs.RunError(f"{args.what[0]} is not a run; did you mean {' '.join(inside)}?")
         elif len(args.what) > 1:
             missing = next(w for w in args.what if not Path(w, "config.json").exists())
             raise runs.RunError(f"there is no run in {missing}: it has no config.json")
         else:
-            out = Path(args.out or Path("analysis") / args.what[0].replace(":", "-"))
+            out = Path(args.out or Path("analysis") / Path(args.what[0].replace(":", "-")).stem)
             run_dirs, flags = make_runs(args.what[0], out, args.num_seeds, flags), []
         analyse(run_dirs, out, args, flags)
     except (data.DataError, envs.EnvError, runs.RunError, pgd.UserError, OSError) as e:
         print(f"analysis.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("analysis.py: interrupted; the same command goes on", file=sys.stderr)
+        print("analysis.py: interrupted; the same command keeps what is fitted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -784,8 +824,10 @@ def check(args) -> None:
     """Raise RunError, in one line, for settings that cannot work."""
     rules = {
         "--num-seeds and --num must be at least 1": min(args.num_seeds, args.num) >= 1,
-        "--weights must be at least 0, and one above it": min(args.weights) >= 0
-        and 0 < max(args.weights) < np.inf,
+        "--weights must be at least 0, and one above it": np.isfinite(
+            [*args.weights, args.shown]
+        ).all()
+        and min(args.weights) >= 0 < max(args.weights),
         f"--updates must be multiples of {CHUNK}": all(
             u > 0 and u % CHUNK == 0 for u in args.updates
         ),

@@ -115,11 +115,18 @@ def bench_denoiser(features: int, dataset: pgd.Dataset, rate: float, steps: int 
         )  # fmt: skip
 
 
-def bench_world_model(dataset: pgd.Dataset, rate: float, steps: int = 50):
+def bench_world_model(dataset: pgd.Dataset, rate: float, steps: int = 200):
     """Rows for a training step of the ensemble and for a step of its rollouts, next to diffusion's
     way of making as many transitions."""
     num = 31 * 128
-    config = pgd.Config(model_chunk=steps, patience=10**6, horizon=31, trajectories=128, rollout=31)
+    config = pgd.Config(
+        model_chunk=steps,
+        patience=10**6,
+        horizon=31,
+        trajectories=128,
+        rollout=31,
+        sample_batch=128,
+    )
     model, key = world_model.make_world_model(config, OBS, ACT), jax.random.key(0)
     state = jax.jit(model.init)(key)
     width = config.model_hidden

@@ -851,6 +851,7 @@ def check_config(c: Config) -> None:
         f"--{name.replace('_', '-')} must be at least 1": getattr(c, name) >= 1
         for name in AT_LEAST_ONE
     } | {
+        "--env and --dataset-path must not be empty": "" not in (c.env, c.dataset_path),
         "--horizon must be at least 2": c.horizon >= 2,
         "--export needs --synthetic diffusion or world-model": not c.export
         or c.synthetic != "none",
@@ -864,8 +865,8 @@ def check_config(c: Config) -> None:
         "--fit-steps must be a multiple of --fit-chunk": c.fit_steps % c.fit_chunk == 0,
         "--model-steps must be a multiple of --model-chunk": c.model_steps % c.model_chunk == 0,
         "--elites must be at most --members": c.elites <= c.members,
-        "--rollout must be at most --horizon x --trajectories": c.rollout
-        <= c.horizon * c.trajectories,
+        "--rollout must be at most --horizon x --sample-batch": c.rollout
+        <= c.horizon * c.sample_batch,
         "--model-lr must be above 0": c.model_lr > 0,
         "--model-decay and --penalty must be at least 0": min(c.model_decay, c.penalty) >= 0,
         "--trajectories must be a multiple of --sample-batch": c.trajectories % c.sample_batch == 0,
@@ -995,6 +996,7 @@ def run(config: Config) -> dict:
     if config.resume:
         asked = config
         folder, config, fingerprint = runs.Run.resume(config.resume, Config)
+        folder.clear()
         if asked.export:
             config = dataclasses.replace(
                 config, export=asked.export, export_steps=asked.export_steps
@@ -1143,7 +1145,9 @@ def export(config: Config, session: Session, gen_state, state) -> list[str]:
     written = []
     for seed, parts in zip(seeds, logs):
         log = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        how = f"guidance {config.guidance:g}" if config.synthetic == "diffusion" else "world model"
+        how = f"world model, penalty {config.penalty:g}"
+        if config.synthetic == "diffusion":
+            how = f"guidance {config.guidance:g}"
         about = f"synthetic, {how}, {config.agent} seed {seed}, trained on {session.task.source}"
         target = data.export_target(config.export, seed, len(seeds))
         data.export(target, log, session.task, about)

@@ -72,9 +72,12 @@ class Run:
         with readable(path):
             about = json.loads(path.read_text())
             config, fingerprint = make_config(**about["config"]), about["data"]["fingerprint"]
-        for part in path.parent.rglob(".*.part"):  # what a kill left behind
-            part.unlink()
         return cls(path.parent, config), config, fingerprint
+
+    def clear(self) -> None:
+        """Remove what a kill left half written; only for the one process that will write here."""
+        for part in self.folder.rglob(".*.part"):
+            part.unlink()
 
     @contextlib.contextmanager
     def timed(self, stage: str):

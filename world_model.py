@@ -102,7 +102,7 @@ def target_scale(dataset) -> tuple[chex.Array, chex.Array]:
     change = t.next_obs - t.obs
     mean = jnp.sum(change * keep, 0) / jnp.maximum(jnp.sum(keep), 1.0)
     var = jnp.sum((change - mean) ** 2 * keep, 0) / jnp.maximum(jnp.sum(keep), 1.0)
-    std = jnp.where(var > 1e-12, jnp.sqrt(var), 1.0)
+    std = jnp.sqrt(jnp.maximum(var, 1e-12))  # what never changes is predicted not to
     reward = dataset.normalizer.mean[-2], dataset.normalizer.std[-2]
     return jnp.append(mean, reward[0]), jnp.append(std, reward[1])
 
@@ -125,12 +125,12 @@ def bootstrap(key, i: chex.Array, num: int) -> chex.Array:
 
 
 def make_world_model(config, obs_dim: int, act_dim: int) -> WorldModel:
-    """config: pgd.Config's group of the world model, and its horizon and trajectories, which say
-    how many transitions `generate` makes."""
+    """config: pgd.Config's group of the world model, and its horizon, trajectories and
+    sample_batch, which say how many transitions `generate` makes, and how many at once."""
     num_out = obs_dim + 1
-    optimiser = optax.chain(
-        optax.add_decayed_weights(config.model_decay), optax.adam(config.model_lr)
-    )
+    weights = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # not the biases
+    decay = optax.add_decayed_weights(config.model_decay, mask=weights)
+    optimiser = optax.chain(decay, optax.adam(config.model_lr))
 
     def init(key):
         make = lambda k: init_member(
@@ -218,9 +218,10 @@ def make_world_model(config, obs_dim: int, act_dim: int) -> WorldModel:
         at every step; where one ends in a terminal, the next step starts at a logged state again.
 
         The reward is less config.penalty times the largest norm of an elite's predicted standard
-        deviations, in variances of the log (MOPO section 4.2). `weight` is the diffusion's alone.
+        deviations, each in units of the log's (MOPO's estimator). `weight` is the diffusion's
+        alone.
         """
-        num = config.horizon * config.trajectories // config.rollout
+        num = config.horizon * config.sample_batch // config.rollout  # at once
         members, scale = elites(state), target_scale(dataset)
 
         def start(key):
@@ -241,12 +242,16 @@ def make_world_model(config, obs_dim: int, act_dim: int) -> WorldModel:
             row = obs, action, reward - penalty, next_obs, done
             return jnp.where(done[:, None] > 0, start(key_start), next_obs), row
 
-        key_start, key_steps = jax.random.split(key)
-        keys = jax.random.split(key_steps, config.rollout)
-        obs, action, reward, next_obs, done = jax.lax.scan(step, start(key_start), keys)[1]
-        follow = jnp.concatenate([obs[1:], next_obs[-1:]])  # equal to the last bit, not nearly
-        rows = obs, action, reward, jnp.where(done[..., None] > 0, next_obs, follow), done
-        in_order = [jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]) for x in rows]
+        def rollouts(key):
+            key_start, key_steps = jax.random.split(key)
+            keys = jax.random.split(key_steps, config.rollout)
+            obs, action, reward, next_obs, done = jax.lax.scan(step, start(key_start), keys)[1]
+            follow = jnp.concatenate([obs[1:], next_obs[-1:]])  # equal to the last bit, not nearly
+            rows = obs, action, reward, jnp.where(done[..., None] > 0, next_obs, follow), done
+            return [jnp.moveaxis(x, 0, 1) for x in rows]  # (num, rollout, ...)
+
+        keys = jax.random.split(key, config.trajectories // config.sample_batch)
+        in_order = [x.reshape(-1, *x.shape[3:]) for x in jax.lax.map(rollouts, keys)]
         like = jax.eval_shape(dataset.transitions, jnp.zeros(1, jnp.int32))
         return type(like)(*in_order)
 
@@ -262,15 +267,15 @@ def make_world_model(config, obs_dim: int, act_dim: int) -> WorldModel:
         spread = over((change - over(change)) ** 2)
         z = jnp.abs(p.next_obs - t.next_obs) / p.obs_std
         inside = lambda n: jnp.mean(over((z < n).astype(jnp.float32)), axis=0)
-        r2 = 1.0 - error / jnp.maximum(spread, 1e-12)
+        r2 = jnp.where(spread > 1e-10, 1.0 - error / jnp.maximum(spread, 1e-10), jnp.nan)
         return {"error": error, "r2": r2, "within_1_sigma": inside(1), "within_2_sigma": inside(2)}
 
     def validate(state, dataset):
-        """The same over all observations: means, but the median R^2."""
+        """The same over all observations: means, but the median R^2 of those that change."""
         s = score(state, dataset)
         return {
             "validation_error": jnp.mean(s["error"]),
-            "validation_r2": jnp.median(s["r2"]),
+            "validation_r2": jnp.nanmedian(s["r2"]),
             "within_1_sigma": jnp.mean(s["within_1_sigma"]),
             "within_2_sigma": jnp.mean(s["within_2_sigma"]),
         }

@@ -32,7 +32,7 @@ def true_sample(n=6, length=10, seed=0):
     obs = np.stack([*obs, x], axis=1)
     zero = np.zeros((n, length))
     return analysis.Sample(
-        obs[:, :-1], action, zero, obs[:, 1:], np.ones((n, length), bool), zero, zero
+        obs[:, :-1], action, zero, obs[:, 1:], *np.ones((2, n, length), bool), zero, zero
     )
 
 

@@ -15,7 +15,7 @@ import world_model as wm
 CONFIG = pgd.Config(
     synthetic="world-model", members=4, elites=3, model_hidden=32, model_layers=2,
     model_steps=3_000, model_chunk=100, model_batch=64, rollout=5, horizon=8, trajectories=20,
-    batch_size=8, validation=0.2,
+    sample_batch=10, batch_size=8, validation=0.2,
 )  # fmt: skip
 PUSH = pgd.TargetPolicy(None, lambda key, obs: 0.5 * jnp.tanh(obs[..., :2]))
 
@@ -137,7 +137,7 @@ def rollouts(fitted, policy=PUSH, **settings):
 @pytest.mark.parametrize("length", [1, 5, 40])
 def test_rollouts_start_in_the_log_and_follow_the_policy(fitted, length):
     t, dataset = rollouts(fitted, rollout=length)
-    assert t.obs.shape == (8 * 20 // length, length, 3)
+    assert t.obs.shape == (2 * (8 * 10 // length), length, 3)  # in two batches
     logged = {tuple(np.round(x, 4)) for x in np.asarray(dataset.steps[:, :3])}
     assert all(tuple(np.round(x, 4)) in logged for x in t.obs[:, 0])
     assert len(np.unique(t.obs[:, 0], axis=0)) == len(t.obs) or length == 1
