@@ -93,18 +93,28 @@ def test_the_log_itself_is_possible_near_and_of_its_own_distribution(dataset):
     log = analysis.coverage(s, ref, dataset)
     assert log["impossible"] == 0.0 and log["marginal"] < 0.2 and log["nearest"] < 0.5
     wide = ref.high - ref.low
-    inside = s._replace(obs=s.obs + 0.9 * analysis.MARGIN * wide * ref.std)
-    outside = s._replace(obs=s.obs + 1.1 * (1 + analysis.MARGIN) * wide * ref.std)
-    assert analysis.coverage(inside, ref, dataset)["impossible"] == 0.0
-    far = analysis.coverage(outside, ref, dataset)
-    assert far["impossible"] == 1.0 and far["nearest"] > 3 * log["nearest"]
-    np.testing.assert_allclose(far["marginal"], 1.1 * (1 + analysis.MARGIN) * wide.mean(), rtol=0.1)
+    edge = lambda share: np.broadcast_to(
+        (ref.high + share * analysis.MARGIN * wide) * ref.std + ref.mean, s.obs.shape
+    )
+    for share, impossible in ((0.95, 0.0), (1.05, 1.0)):
+        there = analysis.coverage(s._replace(obs=edge(share)), ref, dataset)
+        assert there["impossible"] == impossible
+    far = analysis.coverage(s._replace(obs=s.obs + 1.5 * wide * ref.std), ref, dataset)
+    assert far["nearest"] > 3 * log["nearest"]
+    np.testing.assert_allclose(far["marginal"], 1.5 * wide.mean(), rtol=0.1)
 
 
 def test_distance_to_the_nearest_leaves_the_row_itself_out():
     log = np.array([[0.0, 0.0], [3.0, 4.0], [10.0, 0.0]])
     near = analysis.nearest(np.array([[0.0, 0.0], [3.0, 5.0]]), log)
     np.testing.assert_allclose(near, [5.0, 1.0], rtol=1e-5)
+
+
+def test_every_seed_has_its_own_model_and_policy():
+    states = {"w": jnp.arange(3.0)}
+    assert analysis.Model("diffusion", None, states, False).of(2) == {"w": 2.0}
+    assert analysis.Model("diffusion", None, states, True).of(2) is states
+    assert analysis.Target("t", None, states).of(1) == {"w": 1.0}
 
 
 def gaussian_target(name, mean, std):
@@ -182,15 +192,22 @@ def test_a_task_name_gives_every_table_and_figure(analysed):
     targets = {"clone", "clone + noise 0.2", "clone + noise 0.5", "td3_bc 250", "iql 250",
                "shipped early1", "shipped expert"}  # fmt: skip
     rows = rows_of(out / "likelihood.csv")
-    assert {r["target"] for r in rows} == targets and len(rows) == 7 * 2 * (3 + 1)
+    assert {r["target"] for r in rows} == targets | {""} and len(rows) == 1 + 7 * 2 * (3 + 1)
     assert all(name in said for name in targets) and "saved:" in said
-    assert len(rows_of(out / "dynamics.csv")) == 7 * len(rows)
+    assert len(rows_of(out / "dynamics.csv")) == 7 * (len(rows) - 1)
     assert {r["model"] for r in rows_of(out / "coverage.csv")} == {
         "log",
         "diffusion",
         "world-model",
     }
-    assert {r["seed"] for r in rows} == {"0", "1"}
+    assert {r["seed"] for r in rows if r["target"]} == {"0", "1"}
+    for r in rows:
+        same = r["log_prob_target"] == r["log_prob_behaviour"]
+        assert same == (r["target"] in ("clone", "")), r
+    away = [next(float(r["distance"]) for r in rows if r["target"] == name)
+            for name in ("clone", "clone + noise 0.2", "clone + noise 0.5")]  # fmt: skip
+    assert away[0] == 0.0 < away[1] < away[2]
+    assert float(next(r["error"] for r in rows if r["model"] == "log")) < 1e-8
     held_out = rows_of(out / "world_model.csv")
     assert len(held_out) == 2 * 3 and all(float(r["error"]) < 0.5 for r in held_out)
 
@@ -203,7 +220,7 @@ def test_guidance_makes_actions_likelier_under_the_target(analysed):
         if x["model"] == "diffusion" and float(x["weight"]) == w
         and (x["target"], x["seed"]) == (r["target"], r["seed"])
     ][0]  # fmt: skip
-    for r in rows:
+    for r in rows[1:]:
         assert pick(r, 4.0) > pick(r, 0.0)
 
 
@@ -215,7 +232,7 @@ def test_finished_runs_are_judged_again_with_another_sampler(analysed, tmp_path,
     assert "clone" in said and not (tmp_path / "config.json").exists()
     before = [r["error"] for r in rows_of(out / "likelihood.csv") if r["model"] == "diffusion"]
     after = [r["error"] for r in rows_of(tmp_path / "likelihood.csv")]
-    assert len(before) == len(after) and before != after
+    assert len(before) == len(after) - 1 and before != after[1:]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +241,14 @@ def test_finished_runs_are_judged_again_with_another_sampler(analysed, tmp_path,
         (["pendulum-medum"], "pendulum-medium"),
         (["nowhere", "{run}"], "there is no run in nowhere"),
         (["{run}", "{run}"], "one run of each kind"),
-        (["{run}", "--", "--features", "32"], "features cannot be changed"),
+        ([""], "no name"),
+        (["{out}"], "did you mean"),
+        (["{run}", "--", "--features", "32"], "--features cannot be changed"),
+        (["{run}", "--", "--guidance", "3"], "--guidance cannot be changed"),
+        (["{run}", "--", "--sample-steps", "1"], "--sample-steps must be at least 2"),
+        (["{world}", "--", "--s-churn", "0"], "no sampler"),
+        (["pendulum-medium", "--out", "{out}", "--num-seeds", "3"], "another --num-seeds"),
+        (["{run}", "--weights", "1", "nan"], "--weights"),
         (["{run}", "--weights", "0"], "--weights"),
         (["{run}", "--updates", "300"], "multiples of 250"),
         (["{run}", "--num", "0"], "at least 1"),
@@ -233,7 +257,9 @@ def test_finished_runs_are_judged_again_with_another_sampler(analysed, tmp_path,
 def test_mistakes_end_in_one_line(analysed, args, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
-        analysis.main([a.format(run=analysed[0] / "diffusion") for a in args])
+        folder = analysed[0]
+        paths = {"run": folder / "diffusion", "world": folder / "world-model", "out": folder}
+        analysis.main([a.format(**paths) for a in args])
     said = capsys.readouterr().err.strip().splitlines()
     assert e.value.code == 2 and message in said[-1] and said[-1].startswith("analysis.py: ")
     assert "Traceback" not in "".join(said) and list(tmp_path.iterdir()) == []

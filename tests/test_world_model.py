@@ -147,6 +147,49 @@ def test_rollouts_start_in_the_log_and_follow_the_policy(fitted, length):
     assert np.abs(t.next_obs - t.obs).max() > 0.1
 
 
+def test_every_step_is_drawn_from_a_random_elite_with_its_spread(fitted):
+    model, state, dataset, _ = fitted
+    chosen = np.argsort(state.best_error)[:3]
+    *rest, (w, b) = state.best["layers"]
+    apart = b.at[chosen, 0].add(1e3 * np.arange(3))  # each elite far from the others
+    moved = state._replace(best=state.best | {"layers": [*rest, (w, apart)]})
+    t, _ = rollouts((model, moved, dataset, None), rollout=1)
+    p = model.predict(moved, t.obs[:, 0], t.action[:, 0], dataset)
+    z = (t.next_obs[:, 0] - p.next_obs) / p.obs_std  # (3, n, 3)
+    elite = np.argmin(np.abs(z[..., 0]), axis=0)
+    assert np.all(np.bincount(elite, minlength=3) > 0.2 * len(elite))
+    noise = np.take_along_axis(np.asarray(z), elite[None, :, None], axis=0)[0]
+    assert np.abs(noise).max() < 5.0 and abs(noise.std() - 1.0) < 0.1
+    reward = (t.reward[:, 0] - p.reward[elite, np.arange(len(elite))]) / p.reward_std.mean(0)
+    assert abs(reward.std() - 1.0) < 0.2
+
+
+def test_training_goes_through_each_members_bootstrap(fitted, monkeypatch):
+    model, _, dataset, _ = fitted
+    start, seen = model.init(jax.random.key(0)), []
+
+    def one_row(key, i, num):
+        seen.append(num)
+        return 0 * i
+
+    whole, _ = model.fit_chunk(jax.random.key(0), start, dataset)
+    monkeypatch.setattr(wm, "bootstrap", one_row)
+    lone, _ = model.fit_chunk(jax.random.key(0), start, dataset)
+    assert set(seen) == {len(dataset.train_rows)}
+    assert np.all(lone.best_error > 2 * whole.best_error)
+
+
+def test_observations_that_never_change_are_predicted_not_to():
+    log = toy_log(episodes=30)
+    goal = np.repeat(np.random.default_rng(0).normal(size=30), 40)[:, None]
+    log["observations"] = np.concatenate([log["observations"], goal], axis=1).astype(np.float32)
+    model, state, dataset, _ = fit(dataclasses.replace(CONFIG, model_steps=300), log)
+    t = dataset.transitions(dataset.val_rows)
+    p = jax.jit(model.predict)(state, t.obs, t.action, dataset)
+    assert np.abs(p.next_obs[..., 3] - t.obs[:, 3]).max() < 1e-4 and p.obs_std[..., 3].max() < 1e-4
+    assert jax.jit(model.validate)(state, dataset)["validation_r2"] > 0.5
+
+
 def test_errors_grow_with_the_length_of_a_rollout(fitted):
     """Against the true system without noise, from the same start under the same actions."""
     t, dataset = rollouts(fitted, rollout=20)
