@@ -72,6 +72,12 @@ SAMPLER = (
 ).split()
 
 
+WORLD_MODEL = (
+    "members elites model_layers model_hidden model_steps model_chunk patience model_batch "
+    "model_lr model_decay rollout penalty"
+).split()
+
+
 def load_run(run_dir: str, flags: Sequence[str] = ()) -> tuple[pgd.Session, Model, Target | None]:
     """A finished run -> its session, its generator, and its agents if they have learnt."""
     import tyro
@@ -115,7 +121,8 @@ def make_runs(task: str, out: Path, num_seeds: int, flags: Sequence[str]) -> lis
             before = runs.Run.resume(str(folder), pgd.Config)[1]
             for field in dataclasses.fields(config):
                 same = getattr(before, field.name) == getattr(config, field.name)
-                if not same and field.name not in ("dataset_path", "source", "env"):
+                others = synthetic == "diffusion" and field.name in WORLD_MODEL
+                if not same and not others and field.name not in ("dataset_path", "source", "env"):
                     flag = f"--{field.name.replace('_', '-')}"
                     raise runs.RunError(
                         f"{folder} was made with another {flag}; name another --out"
