@@ -274,12 +274,13 @@ class Sample(NamedTuple):
 def make_sampler(model: Model, agent, clone: Target, dataset, num: int, length: int) -> Callable:
     """-> sample(target, seed, weight) -> Sample; compiled once for all targets of that agent."""
     if model.name == "diffusion":
-        settings = {"guidance": 1.0, "sample_batch": num, "horizon": length + 1}
+        settings = {"guidance": 1.0, "horizon": length + 1}
         make = pgd.make_diffusion
     else:
         settings = {"rollout": length, "penalty": 0.0, "horizon": length}
         make = world_model.make_world_model
-    config = dataclasses.replace(model.config, trajectories=num, **settings)
+    settings |= {"trajectories": num, "sample_batch": num}
+    config = dataclasses.replace(model.config, **settings)
     generator = make(config, dataset.obs_dim, dataset.act_dim)
     mean, std = (np.asarray(x[: dataset.obs_dim]) for x in dataset.normalizer)
 
