@@ -140,7 +140,7 @@ def test_rollouts_start_in_the_log_and_follow_the_policy(fitted, length):
     assert t.obs.shape == (2 * (8 * 10 // length), length, 3)  # in two batches
     logged = {tuple(np.round(x, 4)) for x in np.asarray(dataset.steps[:, :3])}
     assert all(tuple(np.round(x, 4)) in logged for x in t.obs[:, 0])
-    assert len(np.unique(t.obs[:, 0], axis=0)) == len(t.obs) or length == 1
+    assert len(np.unique(t.obs[:, 0], axis=0)) > 0.7 * len(t.obs)
     np.testing.assert_allclose(t.action, 0.5 * np.tanh(t.obs[..., :2]), atol=1e-6)
     follows = np.all(t.obs[:, 1:] == t.next_obs[:, :-1], axis=-1)
     np.testing.assert_array_equal(follows, t.done[:, :-1] == 0)
