@@ -773,7 +773,7 @@ def analyse(run_dirs: list[str], out: Path, args, flags: Sequence[str]) -> None:
     )
     with runs.atomic_file(out / "table.md") as f:
         f.write(text.encode())
-    print(f"\n{text}\nsaved: {out}/ (table.md, tradeoff.png, and csv and png of each measure)")
+    print(f"\n{text}\nsaved: {out}/ (table.md, and csv and png of each measure)")
 
 
 def trajectory_rows(samples: dict[str, Sample], num: int = 8):
