@@ -358,8 +358,9 @@ def amplification(dataset: pgd.Dataset, judge: Judge, num: int = 2_000) -> list[
 def held_out_rows(model: Model, dataset: pgd.Dataset, num_seeds: int) -> list[dict]:
     """-> rows: the world model's one-step predictions of held-out episodes, per observation."""
     made, rows = world_model.make_world_model(model.config, dataset.obs_dim, dataset.act_dim), []
+    score = jax.jit(made.score)
     for seed in range(1 if model.shared else num_seeds):
-        measured = jax.jit(made.score)(model.of(seed), dataset)
+        measured = score(model.of(seed), dataset)
         for i in range(dataset.obs_dim):
             about = {"seed": seed, "observation": i}
             rows.append(about | {name: float(x[i]) for name, x in measured.items()})
@@ -378,6 +379,7 @@ class Reference(NamedTuple):
 
 
 def make_reference(dataset: pgd.Dataset) -> Reference:
+    """The log's ranges, quantiles and a sample of its steps, for coverage()."""
     obs_dim, (mean, std) = dataset.obs_dim, dataset.normalizer
     obs = np.asarray(dataset.steps[:, :obs_dim])
     t = pgd.sample_real(jax.random.key(2), dataset, min(20_000, len(dataset.usable)))
@@ -482,6 +484,7 @@ def judge_all(models, targets, weights, session, judge, num: int, num_seeds: int
 
 
 def save_table(path: Path, rows: list[dict]) -> None:
+    """Rows with the same keys -> a csv, floats to six digits, written whole or not at all."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -551,6 +554,7 @@ def line(axes, xs, bands, label: str, color, **style) -> None:
 
 
 def new_figure(rows: int, columns: int, width: float = 4.2, height: float = 3.4, **kw):
+    """-> (figure, axes (rows, columns)); width and height of each in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -561,6 +565,7 @@ def new_figure(rows: int, columns: int, width: float = 4.2, height: float = 3.4,
 
 
 def save_figure(path: Path, figure) -> None:
+    """A png, written whole or not at all."""
     import matplotlib.pyplot as plt
 
     with runs.atomic_file(path) as f:
@@ -569,12 +574,14 @@ def save_figure(path: Path, figure) -> None:
 
 
 def colors_of(targets: list[str]) -> dict:
+    """-> a colour per target policy, from dark to light in the order given."""
     import matplotlib
 
     return {name: matplotlib.cm.viridis(i / max(1, len(targets))) for i, name in enumerate(targets)}
 
 
 def weights_of(rows: list[dict]) -> list[float]:
+    """-> the guidance weights that diffusion was sampled with, increasing."""
     return sorted({r["weight"] for r in rows if r["model"] == "diffusion"})
 
 
@@ -729,6 +736,8 @@ def draw_trajectories(path: Path, samples: dict[str, Sample], simulator: str | N
 
 
 def analyse(run_dirs: list[str], out: Path, args, flags: Sequence[str]) -> None:
+    """Judge finished runs of one log and save every table and figure in `out`; RunError, in one
+    line, for runs that cannot be judged together."""
     loaded = [load_run(run_dir, flags) for run_dir in run_dirs]
     loaded.sort(key=lambda x: x[1].name)  # diffusion first: its horizon cuts the log
     session, models = loaded[0][0], [model for _, model, _ in loaded]
@@ -787,6 +796,7 @@ def trajectory_rows(samples: dict[str, Sample], num: int = 8):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: exit status 0 only when everything is saved, 2 for a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, flags = (
         (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
