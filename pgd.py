@@ -17,8 +17,10 @@ project, this file needs jax, optax, chex and numpy:
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import sys
 import time
@@ -44,13 +46,22 @@ class Config:
     preset: Literal["default", "smoke", "laptop", "paper"] = "default"  # sets the defaults below
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds seed, seed + 1, ... in one vmapped program
+    sweep: tuple[str, ...] = ()  # field and values: guidance 0 0.5 1 2; of several fields, the grid
     shared_denoiser: bool = True  # one denoiser (always of key 0) for all seeds, or one per seed
-    fused: bool = False  # the whole run as one compiled program, without progress in between
+    fused: bool = False  # the whole run as one compiled program
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the denoiser's products
     source: Literal["auto", "d4rl", "minari", "collect"] = "auto"  # where a D4RL name's log is from
     out: str | None = None  # run folder; runs/<env>-<agent>-<synthetic>-<time> if not given
     resume: str | None = None  # go on with the run in this folder, under its own settings alone
     export: str | None = None  # where to write synthetic data: FILE.hdf5, FILE.npz or minari:NAME
     export_steps: int = 100_000  # at least so many transitions, under each seed's final policy
+
+    # --- Devices and hosts ---
+    devices: int = 0  # of this machine, to spread seeds and sweep over; 0: all
+    distributed: bool = False  # one of several hosts, each with its share of the seeds
+    coordinator: str | None = None  # ADDRESS:PORT of host 0; found by itself on TPU, SLURM, K8s
+    num_hosts: int | None = None  # and so are these two
+    host: int | None = None  # this one's number, from 0
 
     # --- Trajectories ---
     horizon: int = 32  # T, steps in a window
@@ -75,12 +86,15 @@ class Config:
     p_mean: float = -1.2  # mean of ln sigma in training (EDM Table 1)
     p_std: float = 1.2  # its standard deviation
 
-    # --- Sampler (EDM Algorithm 2) ---
-    sample_steps: int = 32  # N, noise levels; 2N - 1 denoiser calls
+    # --- Sampler ---
+    sampler: Literal["sde", "heun"] = "sde"  # heun is EDM Algorithm 2, with two calls a level
+    sample_steps: int = 32  # N, noise levels
     sigma_min: float = 0.01  # last noise level before 0
-    sigma_max: float = 80.0  # first noise level
+    sigma_max: float = 20.0  # first noise level
     rho: float = 7.0  # curvature of the schedule
-    s_churn: float = 80.0  # noise added back over all steps; 0 is the deterministic sampler
+    eta: float = 8.0  # sde: noise taken away and put back, 1 that of the reverse SDE, 0 none
+    order: Literal[1, 2] = 2  # sde: 2 extrapolates the denoised estimate
+    s_churn: float = 80.0  # heun: noise added back over all steps; 0 is the deterministic sampler
     s_tmin: float = 0.05  # churn only above this noise level
     s_tmax: float = 50.0  # and below this one
     s_noise: float = 1.003  # inflation of the noise added back
@@ -89,7 +103,7 @@ class Config:
     guidance: float = 1.0  # lambda; 0 is unguided diffusion
     guidance_sine: float = 0.3  # c, height of the sine in the schedule of lambda
     guidance_normalise: bool = True  # scale each trajectory's gradient to unit length
-    guidance_denoised: bool = True  # gradient at D(x; sigma) rather than at x; one more call a step
+    guidance_denoised: bool = True  # gradient at the last D(x; sigma) rather than at x
 
     # --- World model (world_model.py; MBPO's recipe, with MOPO's penalty) ---
     members: int = 7  # Gaussian networks in the ensemble
@@ -134,8 +148,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "paper": dict(
         features=1_024, levels=3, blocks=1, stride=8, fit_steps=1_000_000, fit_batch=32,
-        sample_steps=256, sigma_min=0.002, rounds=100, updates=10_000, trajectories=8_192,
-        sample_batch=256,
+        sampler="heun", sample_steps=256, sigma_min=0.002, sigma_max=80.0, rounds=100,
+        updates=10_000, trajectories=8_192, sample_batch=256,
     ),
 }  # fmt: skip
 
@@ -401,10 +415,11 @@ def conv(params: dict, x: chex.Array, kernel: int) -> chex.Array:
 
 def group_norm(x: chex.Array, groups: int) -> chex.Array:
     """x (..., T, C) -> the same shape, standardised over time and the channels of each group."""
-    g = x.reshape(*x.shape[:-1], groups, -1)
+    g = x.reshape(*x.shape[:-1], groups, -1).astype(jnp.float32)
     mean = jnp.mean(g, axis=(-3, -1), keepdims=True)
     var = jnp.mean(g**2, axis=(-3, -1), keepdims=True) - mean**2
-    return ((g - mean) * jax.lax.rsqrt(jnp.maximum(var, 0.0) + 1e-5)).reshape(x.shape)
+    g = (g - mean) * jax.lax.rsqrt(jnp.maximum(var, 0.0) + 1e-5)
+    return g.reshape(x.shape).astype(x.dtype)
 
 
 def init_block(key, c_in: int, c_out: int, config: Config) -> dict:
@@ -454,10 +469,13 @@ def init_unet(key, dim: int, config: Config) -> dict:
 
 
 def unet(params: dict, x: chex.Array, c_noise: chex.Array, config: Config) -> chex.Array:
-    """x (..., T, D), c_noise broadcastable to (...) -> (..., T, D)."""
+    """x (..., T, D), c_noise broadcastable to (...) -> (..., T, D), float32 as the parameters are;
+    with --precision bfloat16 the products between are not."""
+    dtype = jnp.bfloat16 if config.precision == "bfloat16" else jnp.float32
+    params, x = jax.tree.map(lambda p: p.astype(dtype), (params, x))
     frequencies = jnp.exp(jnp.linspace(0.0, jnp.log(1000.0), config.features // 2))
     angles = c_noise[..., None] * frequencies
-    emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).astype(dtype)
     for layer in params["embed"]:
         emb = jax.nn.relu(dense(layer, emb))
 
@@ -473,7 +491,8 @@ def unet(params: dict, x: chex.Array, c_noise: chex.Array, config: Config) -> ch
         h = jnp.concatenate([jnp.repeat(h, 2, axis=-2), skips.pop()], axis=-1)  # twice the length
         for block in blocks:
             h = residual_block(block, h, emb, config)
-    return conv(params["out"], jax.nn.relu(group_norm(h, config.groups)), config.kernel)
+    h = jax.nn.relu(group_norm(h, config.groups))
+    return conv(params["out"], h, config.kernel).astype(jnp.float32)
 
 
 # --- EDM: preconditioning, loss, schedule, sampler (arXiv 2206.00364) ---
@@ -509,58 +528,96 @@ def noise_levels(config: Config) -> chex.Array:
     return jnp.append((low + ramp * (high - low)) ** config.rho, 0.0)
 
 
-def sample(
-    key, denoiser: Callable, shape, sigmas, guide: Callable | None = None, churn=(0, 0, 0, 1)
-):
+def is_zero(setting) -> bool:
+    """Whether it is switched off for good: 0, and neither swept nor given at run time."""
+    return isinstance(setting, (int, float)) and setting == 0
+
+
+def sample_heun(key, denoiser: Callable, shape, sigmas, guide=None, churn=(0, 0, 0, 1)):
     """Stochastic Heun sampler (EDM Algorithm 2) -> (shape), in 2N - 1 denoiser calls.
 
-    denoiser(x, sigma) -> x; sigmas (N + 1,), the last 0; guide(x, sigma, step) -> x, applied before
-    the churn of each step; churn is (S_churn, S_tmin, S_tmax, S_noise).
+    denoiser(x, sigma) -> x; sigmas (N + 1,), the last 0; churn: (S_churn, S_tmin, S_tmax, S_noise).
+    guide(x, denoised, sigma, step) -> x is applied before the churn of each step; denoised is what
+    the last call of the denoiser returned, at the same level and nearly the same place.
     """
     s_churn, s_tmin, s_tmax, s_noise = churn
     num = sigmas.shape[0] - 1
 
-    def to_noised(x, n):
+    def to_noised(x, denoised, n):
         """Guide x, raise its noise level from sigma to sigma_hat, and take the slope there."""
         sigma = sigmas[n]
-        x = x if guide is None else guide(x, sigma, n)
-        gamma = min(s_churn / num, 2**0.5 - 1)
+        x = x if guide is None else guide(x, denoised, sigma, n)
+        gamma = jnp.minimum(s_churn / num, 2**0.5 - 1)
         gamma = jnp.where((s_tmin <= sigma) & (sigma <= s_tmax), gamma, 0.0)
         sigma_hat = sigma * (1.0 + gamma)
-        if s_churn > 0:
+        if not is_zero(s_churn):
             noise = s_noise * jax.random.normal(jax.random.fold_in(key, n + 1), shape)
             x = x + sigma * jnp.sqrt(gamma * (2.0 + gamma)) * noise  # sqrt(sigma_hat^2 - sigma^2)
         return x, sigma_hat, (x - denoiser(x, sigma_hat)) / sigma_hat
 
-    def heun_step(x, n):
-        x_hat, sigma_hat, d_cur = to_noised(x, n)
+    def heun_step(carry, n):
+        x_hat, sigma_hat, d_cur = to_noised(*carry, n)
         dt = sigmas[n + 1] - sigma_hat
         x_next = x_hat + dt * d_cur
-        d_next = (x_next - denoiser(x_next, sigmas[n + 1])) / sigmas[n + 1]
-        return x_hat + dt * 0.5 * (d_cur + d_next), None
+        denoised = denoiser(x_next, sigmas[n + 1])
+        d_next = (x_next - denoised) / sigmas[n + 1]
+        return (x_hat + dt * 0.5 * (d_cur + d_next), denoised), None
 
     x = sigmas[0] * jax.random.normal(jax.random.fold_in(key, 0), shape)
-    x, _ = jax.lax.scan(heun_step, x, jnp.arange(num - 1))
-    x_hat, sigma_hat, d_cur = to_noised(x, num - 1)  # the last step goes to 0: no correction
+    carry = x, jnp.zeros(shape)  # in pure noise the best estimate is the mean
+    carry, _ = jax.lax.scan(heun_step, carry, jnp.arange(num - 1))
+    x_hat, sigma_hat, d_cur = to_noised(*carry, num - 1)  # the last step goes to 0: no correction
     return x_hat - sigma_hat * d_cur
+
+
+def sample_sde(key, denoiser: Callable, shape, sigmas, guide=None, eta=1.0, order: int = 2):
+    """Exponential integrator of the reverse-time SDE (DPM-Solver++, arXiv 2211.01095, section 5)
+    -> (shape), in N denoiser calls; arguments as of sample_heun.
+
+    eta: how fast noise is taken away and put back on the way: 0 is the deterministic sampler, 1
+    the reverse of the noising process, more corrects more of the errors made before. order: 2
+    extrapolates the denoised estimate from the last two.
+    """
+    num = sigmas.shape[0] - 1
+    h = jnp.log(sigmas[:-2] / sigmas[1:-1])  # (N - 1,)
+
+    def step(carry, n):
+        x, last = carry
+        x = x if guide is None else guide(x, last, sigmas[n], n)
+        denoised = denoiser(x, sigmas[n])
+        to = denoised
+        if order == 2:
+            to = to + jnp.where(n > 0, 0.5 * h[n] / h[n - 1] * (denoised - last), 0.0)
+        keep = jnp.exp(-(1.0 + eta) * h[n])
+        x = keep * x + (1.0 - keep) * to
+        if not is_zero(eta):
+            noise = jax.random.normal(jax.random.fold_in(key, n + 1), shape)
+            x = x + sigmas[n + 1] * jnp.sqrt(-jnp.expm1(-2.0 * eta * h[n])) * noise
+        return (x, denoised), None
+
+    x = sigmas[0] * jax.random.normal(jax.random.fold_in(key, 0), shape)
+    carry = x, jnp.zeros(shape)  # in pure noise the best estimate is the mean
+    (x, last), _ = jax.lax.scan(step, carry, jnp.arange(num - 1))
+    x = x if guide is None else guide(x, last, sigmas[num - 1], num - 1)
+    return denoiser(x, sigmas[num - 1])  # the last step goes to 0
 
 
 # --- Policy guidance (PGD section 4) ---
 
+GUIDANCE_LEVELS = 256  # lambda is what so many levels push; of fewer levels, each pushes further
 
-def make_policy_guide(
-    log_prob: Callable, dataset: Dataset, config: Config, weight, denoiser
-) -> Callable:
-    """log_prob(obs (..., O), action (..., A)) -> (...) becomes a guide for sample().
+
+def make_policy_guide(log_prob: Callable, dataset: Dataset, config: Config, weight) -> Callable:
+    """log_prob(obs (..., O), action (..., A)) -> (...) becomes a guide for a sampler.
 
     The guide adds lambda_n * g / ||g|| to the standardised, pre-tanh actions, g being the gradient
     of the trajectory's summed log_prob with respect to them, and ||g|| its norm over the (T, A) of
-    one trajectory.
+    one trajectory. lambda_n is of the paper's 256 levels, and as much more as there are fewer.
     """
     o, a, num = dataset.obs_dim, dataset.act_dim, config.sample_steps
 
-    def guide(x, sigma, step):
-        at = denoiser(x, sigma) if config.guidance_denoised else x
+    def guide(x, denoised, sigma, step):
+        at = denoised if config.guidance_denoised else x
 
         def score(pre_tanh):
             steps = jnp.concatenate([at[..., :o], pre_tanh, at[..., o + a :]], axis=-1)
@@ -572,8 +629,8 @@ def make_policy_guide(
             norm_sq = jnp.sum(g**2, axis=(-2, -1), keepdims=True)
             g = g * jax.lax.rsqrt(jnp.maximum(norm_sq, 1e-12))
         sine = config.guidance_sine * jnp.sin(jnp.pi * (step + 1) / num)
-        lambda_n = jnp.where(step < num - 1, weight * ((1 - step / num) + sine), 0.0)
-        return x.at[..., o : o + a].add(lambda_n * g)
+        lambda_n = weight * ((1 - step / num) + sine) * GUIDANCE_LEVELS / num
+        return x.at[..., o : o + a].add(jnp.where(step < num - 1, lambda_n, 0.0) * g)
 
     return guide
 
@@ -615,21 +672,35 @@ class DenoiserState(NamedTuple):
     step: chex.Array  # () int32
 
 
-def make_diffusion(config: Config, obs_dim: int, act_dim: int) -> Generator:
-    """The trajectory diffusion model: EDM training, guided sampling."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.1 * config.fit_lr, config.fit_lr, config.fit_steps // 10, config.fit_steps
-    )
-    optimiser = optax.adam(schedule)
+def make_diffusion(
+    config: Config, obs_dim: int, act_dim: int, batch_axis: str | None = None
+) -> Generator:
+    """The trajectory diffusion model: EDM training, guided sampling.
+
+    batch_axis: a mesh axis whose devices share the work on this one model.
+    """
+
+    def learning_rate(step):
+        """Up to the peak over the first tenth, from a tenth of it, then a cosine to 0."""
+        warm = config.fit_steps // 10
+        up = 0.1 + 0.9 * step / jnp.maximum(warm, 1)
+        down = 0.5 + 0.5 * jnp.cos(jnp.pi * (step - warm) / (config.fit_steps - warm))
+        return config.fit_lr * jnp.where(step < warm, up, down)
+
+    optimiser = optax.adam(learning_rate)
 
     def make_denoiser(params):
         return precondition(lambda x, c_noise: unet(params, x, c_noise, config))
 
-    def loss_fn(params, key, dataset, starts, num):
+    def draw(key, dataset, starts, num):
+        """-> windows (num, T, D), their noise levels (num,) and noise (num, T, D)."""
         key_window, key_sigma, key_noise = jax.random.split(key, 3)
         x = sample_windows(key_window, dataset, starts, num, config.horizon)
         sigma = jnp.exp(config.p_mean + config.p_std * jax.random.normal(key_sigma, (num,)))
-        return edm_loss(make_denoiser(params), x, sigma, jax.random.normal(key_noise, x.shape))
+        return x, sigma, jax.random.normal(key_noise, x.shape)
+
+    def loss_fn(params, batch):
+        return edm_loss(make_denoiser(params), *batch)
 
     def init(key):
         key_init, _ = jax.random.split(key)
@@ -641,9 +712,10 @@ def make_diffusion(config: Config, obs_dim: int, act_dim: int) -> Generator:
 
         def fit_step(state, _):
             k = jax.random.fold_in(key_steps, state.step)
-            loss, grads = jax.value_and_grad(loss_fn)(
-                state.params, k, dataset, dataset.train_starts, config.fit_batch
-            )
+            batch = own_share(draw(k, dataset, dataset.train_starts, config.fit_batch), batch_axis)
+            loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
+            if batch_axis:
+                loss, grads = jax.lax.pmean((loss, grads), batch_axis)
             updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
@@ -655,25 +727,40 @@ def make_diffusion(config: Config, obs_dim: int, act_dim: int) -> Generator:
 
     def generate(key, state, policy, weight, dataset):
         denoiser, guide = make_denoiser(state.ema), None
-        if config.guidance != 0:
-            guide = make_policy_guide(policy.log_prob, dataset, config, weight, denoiser)
-        churn = (config.s_churn, config.s_tmin, config.s_tmax, config.s_noise)
+        if not is_zero(config.guidance):
+            guide = make_policy_guide(policy.log_prob, dataset, config, weight)
         shape = (config.sample_batch, config.horizon, dataset.steps.shape[-1])
-        x = jax.lax.map(
-            lambda k: sample(k, denoiser, shape, noise_levels(config), guide, churn),
-            jax.random.split(key, config.trajectories // config.sample_batch),
-        )
+        sigmas, churn = noise_levels(config), (config.s_churn, config.s_tmin, config.s_tmax)
+        if config.sampler == "heun":
+            sample = functools.partial(sample_heun, churn=(*churn, config.s_noise))
+        else:
+            sample = functools.partial(sample_sde, eta=config.eta, order=config.order)
+
+        keys = jax.random.split(key, config.trajectories // config.sample_batch)
+        alone = batch_axis is None or len(keys) % jax.lax.axis_size(batch_axis) != 0
+        keys = keys if alone else own_share(keys, batch_axis)
+        x = jax.lax.map(lambda k: sample(k, denoiser, shape, sigmas, guide), keys)
+        if not alone:
+            x = jax.lax.all_gather(x, batch_axis, tiled=True)
         return trajectories_to_transitions(dataset, x.reshape(-1, *shape[1:]))
 
     def validate(state, dataset):
         losses = jax.lax.map(  # the same 1,024 held-out windows and noises every time
-            lambda k: loss_fn(state.ema, k, dataset, dataset.val_starts, 128),
+            lambda k: loss_fn(state.ema, draw(k, dataset, dataset.val_starts, 128)),
             jax.random.split(jax.random.fold_in(jax.random.key(0), 2**31 - 1), 8),
         )
         return {"validation_loss": jnp.mean(losses)}
 
     num_chunks = config.fit_steps // config.fit_chunk
     return Generator(init, fit_chunk, num_chunks, generate, validate, config.horizon)
+
+
+def own_share(tree, axis: str | None):
+    """Leading axes (n * B, ...) -> (B, ...): what this one of the mesh axis' n devices works on."""
+    if axis is None:
+        return tree
+    num = jax.lax.axis_size(axis)
+    return jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[1:])[jax.lax.axis_index(axis)], tree)
 
 
 def make_resampler(config: Config, obs_dim: int = 0, act_dim: int = 0) -> Generator:
@@ -705,9 +792,9 @@ class Trainer(NamedTuple):
     generate: Callable  # (key, round_state, gen_state, dataset) -> Transition (S, ...)
     init_rounds: Callable  # (key, gen_state, dataset) -> RoundState
     round_chunk: Callable  # (key, round_state, gen_state, dataset) -> (round_state, metrics)
-    fit: Callable  # (key, dataset) -> (gen_state, metrics (num_chunks,)): every chunk of the fit
+    fit: Callable  # (key, dataset) -> gen_state, after every chunk
     run_rounds: Callable  # (key, gen_state, dataset) -> (round_state, metrics (rounds,))
-    train: Callable  # (key, dataset) -> (gen_state, round_state, round_metrics, fit_metrics)
+    train: Callable  # (key, dataset) -> (gen_state, round_state, metrics (rounds,))
 
 
 def mix(fake: Transition, real: Transition, num_batches: int) -> Transition:
@@ -732,13 +819,20 @@ def make_act(agent, agent_state, dataset: Dataset) -> Callable:
 
 
 def make_train(
-    config: Config, agent, generator: Generator, obs_dim: int, act_dim: int, evaluate=None
+    config: Config,
+    agent,
+    generator: Generator,
+    obs_dim: int,
+    act_dim: int,
+    evaluate=None,
+    report: Callable | None = None,
 ) -> Trainer:
     """-> Trainer.
 
     agent: an Agent of agents.py, or anything with its init, update, act and log_prob.
     evaluate(key, act) -> returns (E,): where given, it runs inside the program after every round.
-    """
+    report(stage, metrics): where given, the host is told so after every chunk of `train`.
+    """  # fmt: skip
     num_batches = getattr(agent, "batches_per_update", 1)
     num_real = config.batch_size if config.synthetic == "none" else config.real_batch
 
@@ -788,51 +882,145 @@ def make_train(
             metrics["return"] = jnp.mean(returns)
         return RoundState(agent_state, buffer, state.round + 1), metrics
 
+    def told(stage, results):
+        if report is not None:
+            jax.debug.callback(functools.partial(report, stage), results[1])
+        return results
+
     def fit(key, dataset):
-        step = lambda state, _: generator.fit_chunk(key, state, dataset)
-        return jax.lax.scan(step, generator.init(key), None, generator.num_chunks)
+        step = lambda _, state: told("fit", generator.fit_chunk(key, state, dataset))[0]
+        return jax.lax.fori_loop(0, generator.num_chunks, step, generator.init(key))
 
     def run_rounds(key, gen_state, dataset):
-        step = lambda state, _: round_chunk(key, state, gen_state, dataset)
+        step = lambda state, _: told("rounds", round_chunk(key, state, gen_state, dataset))
         return jax.lax.scan(step, init_rounds(key, gen_state, dataset), None, config.rounds)
 
     def train(key, dataset):
         key_fit, key_rounds = jax.random.split(key)
-        gen_state, fit_metrics = fit(key_fit, dataset)
-        return gen_state, *run_rounds(key_rounds, gen_state, dataset), fit_metrics
+        gen_state = fit(key_fit, dataset)
+        return gen_state, *run_rounds(key_rounds, gen_state, dataset)
 
     return Trainer(generator, generate, init_rounds, round_chunk, fit, run_rounds, train)
 
 
-def seed_keys(seeds, shared_denoiser: bool):
-    """Keys of the seeds (S,) -> (key of the fit, keys of the rounds (S,)), as Trainer.train splits
-    them; a shared denoiser always has seed 0's."""
-    fit_key, keys = jax.vmap(jax.random.split, out_axes=1)(seeds)
-    return jax.random.split(jax.random.key(0))[0] if shared_denoiser else fit_key, keys
+# --- Many runs: seeds and a sweep under vmap, spread over devices ---
+
+FIT_FIELDS = {  # floats that may be swept, or change without compiling anew: those of the fit
+    "diffusion": ("fit_lr", "ema", "p_mean", "p_std"),
+    "world-model": ("model_lr", "model_decay"),
+    "none": (),
+}
+SAMPLE_FIELDS = {  # and those of what comes after
+    "diffusion": (
+        "guidance", "guidance_sine", "sigma_min", "sigma_max", "rho", "eta", "s_churn", "s_tmin",
+        "s_tmax", "s_noise",
+    ),
+    "world-model": ("penalty",),
+    "none": (),
+}  # fmt: skip
+RUN = ("sweep", "seed")  # axes of what every run has for itself; the mesh's are these and "batch"
 
 
-def vmap_seeds(trainer: Trainer, shared_denoiser: bool) -> Trainer:
-    """The Trainer of many seeds: keys and states gain a leading axis, the data set does not, and
-    neither does the generator's state if all seeds share it."""
-    generator, fit, g = trainer.generator, trainer.fit, None if shared_denoiser else 0
-    if not shared_denoiser:
-        fit = jax.vmap(fit, in_axes=(0, None))
-        generator = generator._replace(
-            init=jax.vmap(generator.init),
-            fit_chunk=jax.vmap(generator.fit_chunk, in_axes=(0, 0, None)),
-            validate=jax.vmap(generator.validate, in_axes=(0, None)),
+class Runs(NamedTuple):
+    """All runs of one program: every seed at every point of the sweep."""
+
+    keys: chex.PRNGKey  # (seeds,)
+    swept: dict[str, chex.Array]  # fields of Config, (points,) each
+    common: dict[str, chex.Array]  # () each
+
+
+def make_runs(config: Config, points: Sequence[dict[str, float]] = ({},)) -> Runs:
+    """Seeds of the config at every point -> Runs.
+
+    A field that is 0 throughout stays a constant, so that what it switches off costs nothing.
+    """
+    fields = FIT_FIELDS[config.synthetic] + SAMPLE_FIELDS[config.synthetic]
+    swept = {name: jnp.array([p[name] for p in points], jnp.float32) for name in points[0]}
+    own = {name: getattr(config, name) for name in fields if name not in swept}
+    common = {name: jnp.float32(value) for name, value in own.items() if value != 0}
+    if config.synthetic == "diffusion":
+        common["fit_steps"] = jnp.int32(config.fit_steps)
+    keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
+    return Runs(keys, swept, common)
+
+
+def fit_axes(config: Config, swept: Sequence[str]) -> tuple[str, ...]:
+    """-> the axes along which generators differ: () is one for all runs."""
+    by_sweep = any(name in FIT_FIELDS[config.synthetic] for name in swept)
+    by_seed = not config.shared_denoiser and config.synthetic != "none"
+    return ("sweep",) * by_sweep + ("seed",) * by_seed
+
+
+def spread(
+    make: Callable, config: Config, mesh, num_points: int = 1, fits: tuple[str, ...] = ()
+) -> Trainer:
+    """The Trainer of one run -> that of all Runs, which every function takes in its key's place.
+
+    make(config) -> Trainer; mesh: its axes are "sweep", "seed" and "batch"; fits: as of fit_axes.
+    Results and states gain the leading axes (points, seeds), generators' those of `fits`. Each
+    device works on its own runs, and speaks with no other but to share a batch. Runs are what
+    train() makes of the seed's key, but for a shared denoiser, which always has the key of seed 0.
+    """
+    P, sizes = jax.sharding.PartitionSpec, dict(zip(RUN, (num_points, config.num_seeds)))
+
+    def over(out: tuple[str, ...], method: Callable, *axes: tuple[str, ...]) -> Callable:
+        """method(trainer, key, *args) of one run -> f(runs, *args) of all that differ along `out`;
+        axes: those that each of the args has."""
+
+        def f(common, swept, key, *args):
+            return method(make(dataclasses.replace(config, **common, **swept)), key, *args)
+
+        ins = ((), ("sweep",), ("seed",) if "seed" in out else (), *axes)
+        for axis in [a for a in reversed(RUN) if a in out]:
+            where = [0 if axis in a else None for a in ins]
+            f = jax.vmap(f, where, axis_size=sizes[axis] // mesh.shape[axis])
+        spec = lambda a: P(*a)
+        f = jax.shard_map(
+            f, mesh=mesh, in_specs=(*map(spec, ins),), out_specs=spec(out), check_vma=False
         )
-    run_rounds = jax.vmap(trainer.run_rounds, in_axes=(0, g, None))
 
-    def train(seeds, dataset):
-        fit_key, keys = seed_keys(seeds, shared_denoiser)
-        gen_state, fit_metrics = fit(fit_key, dataset)
-        return gen_state, *run_rounds(keys, gen_state, dataset), fit_metrics
+        def of_all(runs, *args):
+            swept = runs.swept if "sweep" in out else {}
+            return f(runs.common, swept, runs.keys if "seed" in out else jax.random.key(0), *args)
 
-    generate = jax.vmap(trainer.generate, in_axes=(0, 0, g, None))
-    init_rounds = jax.vmap(trainer.init_rounds, in_axes=(0, g, None))
-    round_chunk = jax.vmap(trainer.round_chunk, in_axes=(0, 0, g, None))
-    return Trainer(generator, generate, init_rounds, round_chunk, fit, run_rounds, train)
+        return of_all
+
+    def fit_key(key):
+        return jax.random.split(key)[0]
+
+    def round_key(key):
+        return jax.random.split(key)[1]
+
+    def generate(trainer, key, state, gen_state, dataset, index):
+        """Round `index` of experience beyond those trained on, for export."""
+        key = jax.random.fold_in(jax.random.split(round_key(key))[1], index)
+        return trainer.generate(key, state, gen_state, dataset)
+
+    of_config = make(config).generator
+    generator = of_config._replace(
+        init=over(fits, lambda t, key: t.generator.init(fit_key(key))),
+        fit_chunk=over(
+            fits, lambda t, key, *args: t.generator.fit_chunk(fit_key(key), *args), fits, ()
+        ),
+        validate=over(fits, lambda t, key, *args: t.generator.validate(*args), fits, ()),
+    )
+    of_rounds = lambda name: lambda t, key, *args: getattr(t, name)(round_key(key), *args)
+    fit = over(fits, lambda t, key, dataset: t.fit(fit_key(key), dataset), ())
+    run_rounds = over(RUN, of_rounds("run_rounds"), fits, ())
+
+    def train(runs, dataset):
+        gen_state = fit(runs, dataset)
+        return gen_state, *run_rounds(runs, gen_state, dataset)
+
+    return Trainer(
+        generator,
+        generate=over(RUN, generate, RUN, fits, (), ()),
+        init_rounds=over(RUN, of_rounds("init_rounds"), fits, ()),
+        round_chunk=over(RUN, of_rounds("round_chunk"), RUN, fits, ()),
+        fit=fit,
+        run_rounds=run_rounds,
+        train=train,
+    )
 
 
 # --- Main: one run on the host, in chunks or fused ---
@@ -855,6 +1043,10 @@ def check_config(c: Config) -> None:
         "--horizon must be at least 2": c.horizon >= 2,
         "--export needs --synthetic diffusion or world-model": not c.export
         or c.synthetic != "none",
+        "--export takes no --sweep: export one setting at a time": not (c.export and c.sweep),
+        "--coordinator, --num-hosts and --host need --distributed": c.distributed
+        or (c.coordinator, c.num_hosts, c.host) == (None, None, None),
+        "--devices must be at least 0": c.devices >= 0,
         "--sample-steps must be at least 2": c.sample_steps >= 2,
         "--kernel must be odd": c.kernel % 2 == 1,
         "--features must be a multiple of --groups, and even": c.features % c.groups == 0
@@ -876,7 +1068,7 @@ def check_config(c: Config) -> None:
         "--rho and --p-std must be above 0": c.rho > 0 and c.p_std > 0,
         "--fit-lr must be above 0": c.fit_lr > 0,
         "--ema must lie between 0 and 1": 0 <= c.ema < 1,
-        "--s-churn must be at least 0": c.s_churn >= 0,
+        "--s-churn and --eta must be at least 0": min(c.s_churn, c.eta) >= 0,
         "--seed must be at least 0 and below 2^31": 0 <= c.seed < 2**31 - c.num_seeds,
     }
     for name, value in dataclasses.asdict(c).items():
@@ -886,6 +1078,43 @@ def check_config(c: Config) -> None:
     for message, holds in rules.items():
         if not holds:
             raise UserError(message)
+
+
+def sweep_points(config: Config) -> list[dict[str, float]]:
+    """--sweep's words, fields and their values -> every point of the grid; [{}] without a sweep.
+
+    Raises UserError for a field that is unknown, changes shapes or plays no part in this run.
+    """
+    values: dict[str, list[float]] = {}
+    known = {f.name: f.type for f in dataclasses.fields(Config)}
+    used = FIT_FIELDS[config.synthetic] + SAMPLE_FIELDS[config.synthetic]
+    for word in config.sweep:
+        try:
+            number = float(word)
+        except ValueError:
+            name = word.lstrip("-").replace("-", "_")
+            if name not in known or name in values:
+                what = "is not a setting" if name not in known else "is named twice"
+                raise UserError(f"--sweep {word}: {name} {what}") from None
+            if name not in used:
+                why = "does nothing here" if known[name] is float else "is not a number to vary"
+                why = "changes the log's split" if name == "validation" else why
+                raise UserError(
+                    f"--sweep {word}: it {why}; with --synthetic {config.synthetic} there are "
+                    f"{', '.join(used) or 'none'}"
+                ) from None
+            values[name] = []
+            continue
+        if not values:
+            raise UserError(f"--sweep wants a field before its values, not {word}")
+        values[name].append(number)
+    for name, found in values.items():
+        if not found or len(set(found)) < len(found):
+            raise UserError(f"--sweep {name} wants values, each once")
+    points = [dict(zip(values, grid)) for grid in itertools.product(*values.values())]
+    for point in points:
+        check_config(dataclasses.replace(config, sweep=(), **point))
+    return points
 
 
 def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
@@ -900,10 +1129,15 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     parser.add_argument("--resume")
     parser.add_argument("--export")
     parser.add_argument("--export-steps", "--export_steps")
+    parser.add_argument("--distributed", action="store_true")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num-hosts", "--num_hosts")
+    parser.add_argument("--host")
     known, others = parser.parse_known_args(argv)
     if known.resume and (others or known.dataset_path or known.env or known.preset):
         raise UserError(
-            "--resume takes no other flags but --export: a run goes on under its own settings"
+            "--resume takes no other flags but --export and those of the hosts: a run goes on "
+            "under its own settings"
         )
     task = known.env or ("" if known.dataset_path else DEFAULT_ENV)
     preset = known.preset or "default"
@@ -913,26 +1147,29 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     return tyro.cli(Config, args=argv, default=start, description=__doc__)
 
 
-def make_host_evaluate(config: Config, simulator: str, agent, dataset: Dataset) -> Callable:
-    """-> evaluate(round, agent_states) -> returns (seeds,), in the simulator's own physics on the
-    host."""
+def make_host_evaluate(
+    config: Config, simulator: str, agent, dataset: Dataset, num_points: int = 1
+) -> Callable:
+    """-> evaluate(round, agent_states (points, seeds)) -> returns (points, seeds), in the
+    simulator's own physics on the host; a seed starts alike at every point."""
     import data
     import envs as sim
 
     seeds, episodes = config.seed + np.arange(config.num_seeds), config.eval_episodes
-    envs = data.make_envs(simulator, len(seeds) * episodes)
+    shape = (num_points, len(seeds), episodes)
+    envs = data.make_envs(simulator, np.prod(shape).item())
 
     @jax.jit
-    def act(agent_states, obs):  # (seeds * episodes, O) -> (seeds * episodes, A)
-        obs = obs.reshape(len(seeds), episodes, -1)
-        action = jax.vmap(lambda s, o: make_act(agent, s, dataset)(o))(agent_states, obs)
-        return action.reshape(len(seeds) * episodes, -1)
+    def act(agent_states, obs):  # (points * seeds * episodes, O) -> (the same, A)
+        one = lambda state, obs: make_act(agent, state, dataset)(obs)
+        action = jax.vmap(jax.vmap(one))(agent_states, obs.reshape(*shape, -1))
+        return action.reshape(np.prod(shape), -1)
 
     def evaluate(round_index, agent_states):
         entropy = [np.random.SeedSequence((seed, round_index)) for seed in seeds.tolist()]
-        starts = np.concatenate([e.generate_state(episodes) for e in entropy])
+        starts = np.concatenate([e.generate_state(episodes) for e in entropy] * num_points)
         returns = sim.evaluate_on_host(envs, functools.partial(act, agent_states), starts)
-        return returns.reshape(len(seeds), episodes).mean(1)
+        return returns.reshape(shape).mean(-1)
 
     return evaluate
 
@@ -940,23 +1177,29 @@ def make_host_evaluate(config: Config, simulator: str, agent, dataset: Dataset) 
 class Session(NamedTuple):
     """Everything that a run needs, built from its config."""
 
+    config: Config  # with --precision decided
     task: Any  # data.Task; its log is emptied once the device has it
-    dataset: Dataset
+    dataset: Dataset  # on every device
     agent: Any
-    trainer: Trainer  # of all seeds
-    seeds: chex.PRNGKey  # (seeds,)
-    shared_denoiser: bool
-    host_evaluate: Callable | None  # (round, agent_states) -> returns (seeds,)
+    points: list[dict[str, float]]  # of the sweep; [{}] without one
+    runs: Runs
+    fits: tuple[str, ...]  # axes along which generators differ
+    mesh: Any  # of devices, with the axes "sweep", "seed" and "batch"
+    trainer: Trainer  # of all runs
+    progress: dict[str, Any]  # bars by stage, for a fused run to move
+    host_evaluate: Callable | None  # (round, agent_states) -> returns (points, seeds)
 
 
 def build(config: Config) -> Session:
-    """Load the log, put it on the device and make the trainer: first for one seed, then for all."""
+    """Load the log, put it on the devices and make the trainer: first for one run, then for all."""
     import agents
     import data
+    import devices
     import envs
     import world_model
 
     check_config(config)
+    points = sweep_points(config)
     if config.export:
         for seed in range(config.seed, config.seed + config.num_seeds):
             data.refuse_existing_export(data.export_target(config.export, seed, config.num_seeds))
@@ -964,32 +1207,79 @@ def build(config: Config) -> Session:
         agent = agents.make_agent(config.agent)
     except ValueError as e:
         raise UserError(str(e)) from e
+    config = dataclasses.replace(config, precision=devices.precision(config.precision))
+    fit_batch = config.fit_batch if config.synthetic == "diffusion" else None
+    mesh = devices.make_mesh(len(points), config.num_seeds, config.devices, fit_batch)
     name = config.env or (None if config.dataset_path else DEFAULT_ENV)
     task = data.load(name, config.dataset_path, config.source)
     dataset = make_dataset(task.log, config, task.action_low, task.action_high)
     task.release_log()
 
     dims = dataset.obs_dim, dataset.act_dim
-    makers = {"diffusion": make_diffusion, "world-model": world_model.make_world_model}
-    make_generator = makers.get(config.synthetic, make_resampler)
     mjx = config.physics == "mjx" or config.physics == "auto" and config.fused and envs.has_mjx()
     if config.physics == "mjx" and task.simulator not in envs.BODIES:
         raise UserError(f"--physics mjx is for {', '.join(envs.BODIES)}, not for {task.name}")
     evaluate = envs.evaluator_in_program(task.simulator, config.eval_episodes, mjx)
-    trainer = make_train(config, agent, make_generator(config, *dims), *dims, evaluate)
-    shared = config.shared_denoiser or config.synthetic == "none"
-    seeds = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
+    progress = {}
+
+    def report(stage, metrics):
+        if stage in progress:
+            progress[stage].update()
+
+    def make(config):
+        makers = {
+            "diffusion": functools.partial(
+                make_diffusion, batch_axis="batch" if mesh.shape["batch"] > 1 else None
+            ),
+            "world-model": world_model.make_world_model,
+            "none": make_resampler,
+        }
+        generator = makers[config.synthetic](config, *dims)
+        return make_train(config, agent, generator, *dims, evaluate, config.fused and report)
+
+    runs, fits = make_runs(config, points), fit_axes(config, list(points[0]))
+    check_memory(config, make(config), dataset, len(points), fits, mesh)
+    runs = devices.put(runs, mesh)
+    dataset = devices.put(dataset, mesh)
+    trainer = spread(make, config, mesh, len(points), fits)
     host_evaluate = None
     if evaluate is None and task.simulator:
-        host_evaluate = make_host_evaluate(config, task.simulator, agent, dataset)
-    return Session(task, dataset, agent, vmap_seeds(trainer, shared), seeds, shared, host_evaluate)
+        host_evaluate = make_host_evaluate(config, task.simulator, agent, dataset, len(points))
+    return Session(
+        config, task, dataset, agent, points, runs, fits, mesh, trainer, progress, host_evaluate
+    )
+
+
+def check_memory(
+    config: Config, trainer: Trainer, dataset: Dataset, num_points: int, fits, mesh
+) -> None:
+    """devices.DeviceError, before anything has run, where the runs cannot fit.
+
+    A run's state is counted twice, as it is replaced by the next; of what is made on the way, the
+    activations of the denoiser, which all runs of a device hold at once.
+    """
+    import devices
+
+    key = jax.random.key(0)
+    gen_state = jax.eval_shape(trainer.generator.init, key)
+    state = jax.eval_shape(trainer.init_rounds, key, gen_state, dataset)
+    num_runs, denoiser = num_points * config.num_seeds, devices.size_of(gen_state)
+    width = 4 * config.features * 2 ** (config.levels - 1) * config.horizon
+    width *= config.kernel + config.expansion + 3
+    fixed, per_run = devices.size_of(dataset), 2 * devices.size_of(state)
+    if config.synthetic == "diffusion":
+        per_run += width * config.sample_batch
+        training = 2 * denoiser + 2 * width * config.blocks * config.fit_batch
+        fixed, per_run = (fixed, per_run + training) if fits else (fixed + training, per_run)
+    devices.check_memory(fixed, per_run, num_runs, mesh)
 
 
 def run(config: Config) -> dict:
     """One whole run on the host: load, fit, rounds, run folder -> the content of final.json.
 
-    Raises UserError, data.DataError or runs.RunError, in one line, for a user's mistake.
+    Raises UserError, or an error of data, devices, envs or runs in one line, for a user's mistake.
     """
+    import devices
     import runs
 
     start, folder, fingerprint = time.monotonic(), None, None
@@ -1010,36 +1300,77 @@ def run(config: Config) -> dict:
         raise UserError(f"the run was trained on another log than {session.task.source}")
     if folder is None:
         path = config.dataset_path and os.path.abspath(config.dataset_path)
-        config = dataclasses.replace(config, dataset_path=path, source=session.task.kind)
+        config = dataclasses.replace(session.config, dataset_path=path, source=session.task.kind)
         if config.export and not config.export.startswith("minari:"):
             config = dataclasses.replace(config, export=os.path.abspath(config.export))
         folder = runs.Run.create(config, session.task)
+    folder.points = session.points
     folder.seconds["load"] = time.monotonic() - start
     if config.preset == "default" and not config.resume and jax.default_backend() == "cpu":
         if config.features >= PRESETS["default-large"]["features"]:
             print("note: sized for a GPU; on this CPU, --preset laptop", file=sys.stderr)
 
     gen_state, state = (run_fused if config.fused else run_chunks)(config, session, folder)
-    held_out = jax.jit(session.trainer.generator.validate)(gen_state, session.dataset)
+    held_out = jax.jit(session.trainer.generator.validate)(session.runs, gen_state, session.dataset)
+    held_out = {name: float(np.mean(value)) for name, value in held_out.items()}
     written = export(config, session, gen_state, state) if config.export else []
-    final = folder.summary(config, session.task)
-    folder.finish(final | {name: float(np.mean(value)) for name, value in held_out.items()})
+    final = folder.summary(config, session.task) | held_out
+    if not config.distributed:
+        folder.finish(final)
+    else:
+        every = devices.gather({"history": folder.history, "seconds": folder.seconds})
+        host = jax.process_index()
+        final = folder.finish_with_others(config, session.task, every, host, held_out)
     for target in written:
         print(f"exported: {target}")
     return final
 
 
+def run_on_host(config: Config) -> None:
+    """This host's share of a run that several share: of the seeds, in OUT/hostI. All hosts stop
+    where one cannot go on."""
+    import devices
+    import runs
+
+    devices.start_hosts(config.coordinator, config.num_hosts, config.host)
+    num, host = jax.process_count(), jax.process_index()
+    share, rest = divmod(config.num_seeds, num)
+    if rest and not config.resume:
+        raise UserError(f"--num-seeds {config.num_seeds} does not divide over {num} hosts")
+    out = devices.gather(config.resume or config.out or str(runs.default_folder(config)))[0]
+    own = f"{out}/host{host}"
+    if config.resume:
+        config = dataclasses.replace(config, resume=own)
+    else:
+        config = dataclasses.replace(
+            config, seed=config.seed + host * share, num_seeds=share, out=own
+        )
+    run(config)
+
+
 def run_fused(config: Config, session: Session, folder):
     """Fit and every round as one compiled program -> (gen_state, round_state)."""
-    task, trainer = session.task, session.trainer
+    from tqdm import tqdm
+
+    task, trainer, mesh = session.task, session.trainer, session.mesh
     if folder.saved:  # a finished run, resumed
         _, gen_state, state = restore(session, folder)
         return gen_state, state
-    with folder.timed("fused"):
-        results = jax.jit(trainer.train)(session.seeds, session.dataset)
-        gen_state, state, metrics, _ = jax.block_until_ready(results)
+    sizes = dict(zip(RUN, (len(session.points), config.num_seeds)))
+    told = lambda axes: np.prod([(sizes if a in axes else mesh.shape)[a] for a in RUN]).item()
+    total = {
+        "fit": trainer.generator.num_chunks * told(session.fits) * mesh.shape["batch"],
+        "rounds": config.rounds * told(RUN) * mesh.shape["batch"],
+    }
+    with contextlib.ExitStack() as stack, folder.timed("fused"):
+        for stage, num in total.items():
+            bar = tqdm(total=num, desc=stage, disable=None)
+            session.progress[stage] = stack.enter_context(bar)
+        results = jax.jit(trainer.train)(session.runs, session.dataset)
+        gen_state, state, metrics = jax.block_until_ready(results)
+        jax.effects_barrier()
     for i in range(config.rounds):
-        row = {name: values[:, i] for name, values in metrics.items()}
+        row = {name: values[..., i] for name, values in metrics.items()}
         if session.host_evaluate and i == config.rounds - 1:
             with folder.timed("evaluate"):
                 row["return"] = session.host_evaluate(i, state.agent)
@@ -1050,9 +1381,8 @@ def run_fused(config: Config, session: Session, folder):
 
 def restore(session: Session, folder):
     """-> (fit chunks done, gen_state, round_state): the last checkpoint, or the very beginning."""
-    fit_key, keys = seed_keys(session.seeds, session.shared_denoiser)
-    gen_state = jax.jit(session.trainer.generator.init)(fit_key)
-    state = jax.jit(session.trainer.init_rounds)(keys, gen_state, session.dataset)
+    gen_state = jax.jit(session.trainer.generator.init)(session.runs)
+    state = jax.jit(session.trainer.init_rounds)(session.runs, gen_state, session.dataset)
     return folder.restore((np.int32(0), gen_state, state))
 
 
@@ -1061,8 +1391,7 @@ def run_chunks(config: Config, session: Session, folder):
     round_state)."""
     from tqdm import tqdm
 
-    dataset, trainer, host_evaluate = session.dataset, session.trainer, session.host_evaluate
-    fit_key, keys = seed_keys(session.seeds, session.shared_denoiser)
+    runs, dataset, trainer = session.runs, session.dataset, session.trainer
     fit_chunk = jax.jit(trainer.generator.fit_chunk, donate_argnums=1)
     round_chunk = jax.jit(trainer.round_chunk, donate_argnums=1)
     done, gen_state, state = restore(session, folder)
@@ -1071,7 +1400,7 @@ def run_chunks(config: Config, session: Session, folder):
     with tqdm(total=num_chunks, initial=int(done), desc="fit", disable=None) as bar:
         for chunk in range(int(done), num_chunks):
             with folder.timed("fit"):
-                gen_state, metrics = fit_chunk(fit_key, gen_state, dataset)
+                gen_state, metrics = fit_chunk(runs, gen_state, dataset)
                 loss = float(np.mean(metrics["loss"]))
             if not np.isfinite(loss):
                 flag = "--fit-lr" if config.synthetic == "diffusion" else "--model-lr"
@@ -1080,15 +1409,15 @@ def run_chunks(config: Config, session: Session, folder):
             bar.update()
             folder.save((np.int32(chunk + 1), gen_state, state))
 
-    done, first = np.int32(num_chunks), int(state.round[0])
+    done, first = np.int32(num_chunks), int(np.ravel(state.round)[0])
     with tqdm(total=config.rounds, initial=first, desc="rounds", disable=None) as bar:
         for i in range(first, config.rounds):
             with folder.timed("rounds"):
-                state, metrics = round_chunk(keys, state, gen_state, dataset)
+                state, metrics = round_chunk(runs, state, gen_state, dataset)
                 metrics = jax.tree.map(np.asarray, metrics)
-            if host_evaluate:
+            if session.host_evaluate:
                 with folder.timed("evaluate"):
-                    metrics["return"] = host_evaluate(i, state.agent)
+                    metrics["return"] = session.host_evaluate(i, state.agent)
             said = folder.log(i, (i + 1) * config.updates, metrics, session.task.score)
             bar.set_postfix_str(said, refresh=False)
             bar.update()
@@ -1128,16 +1457,14 @@ def export(config: Config, session: Session, gen_state, state) -> list[str]:
 
     dataset, seeds = session.dataset, (config.seed + np.arange(config.num_seeds)).tolist()
     generate = jax.jit(session.trainer.generate)
-    _, keys = seed_keys(session.seeds, session.shared_denoiser)
-    key_rounds = jax.vmap(lambda key: jax.random.split(key)[1])(keys)
     logs = [[] for _ in seeds]
     rows, i = 0, config.rounds
     with tqdm(total=config.export_steps, desc="export", unit=" steps", disable=None) as bar:
         while rows < config.export_steps:
-            at = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_rounds, i)
-            made = jax.tree.map(np.asarray, generate(at, state, gen_state, dataset))
+            made = generate(session.runs, state, gen_state, dataset, jnp.int32(i))
+            made = jax.tree.map(np.asarray, made)
             for s, parts in enumerate(logs):
-                one = jax.tree.map(lambda x, s=s: x[s], made)
+                one = jax.tree.map(lambda x, s=s: x[0, s], made)
                 parts.append(transitions_to_log(one, session.trainer.generator.length, dataset))
             rows = min(sum(len(part["rewards"]) for part in parts) for parts in logs)
             i += 1
@@ -1158,13 +1485,18 @@ def export(config: Config, session: Session, gen_state, state) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: exit status 0 only for a finished run, 2 for a user's mistake."""
     import data
+    import devices
     import envs
     import runs
 
     try:
         argv = sys.argv[1:] if argv is None else argv
-        run(parse_config(argv, tuple(envs.GYMNAX)))
-    except (UserError, data.DataError, envs.EnvError, runs.RunError, OSError) as e:
+        config = parse_config(argv, tuple(envs.GYMNAX))
+        devices.enable_cache(data.cache_dir() / "compiled")
+        (run_on_host if config.distributed else run)(config)
+    except (
+        UserError, data.DataError, devices.DeviceError, envs.EnvError, runs.RunError, OSError
+    ) as e:  # fmt: skip
         print(f"pgd.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
