@@ -67,8 +67,8 @@ class Target(NamedTuple):
 
 
 SAMPLER = (
-    "sample_steps sigma_min sigma_max rho s_churn s_tmin s_tmax s_noise guidance_sine "
-    "guidance_normalise guidance_denoised"
+    "sampler sample_steps sigma_min sigma_max rho eta order s_churn s_tmin s_tmax s_noise "
+    "guidance_sine guidance_normalise guidance_denoised"
 ).split()
 
 
@@ -87,7 +87,9 @@ def load_run(run_dir: str, flags: Sequence[str] = ()) -> tuple[pgd.Session, Mode
     done, state, rounds = pgd.restore(session, folder)
     if config.synthetic == "none":
         raise runs.RunError(f"{run_dir} was trained on the log alone: there is nothing to judge")
-    finished = done == session.trainer.generator.num_chunks and rounds.round[0] == config.rounds
+    if config.sweep:
+        raise runs.RunError(f"{run_dir} is a sweep; run its settings one at a time to judge them")
+    finished = done == session.trainer.generator.num_chunks and rounds.round[0, 0] == config.rounds
     if not finished or fingerprint != session.task.fingerprint:
         raise runs.RunError(f"{run_dir} is not a finished run on the log that is here now")
     if config.synthetic == "diffusion" and flags:
@@ -99,11 +101,11 @@ def load_run(run_dir: str, flags: Sequence[str] = ()) -> tuple[pgd.Session, Mode
                 raise runs.RunError(f"{flag} cannot be changed here, only the sampler's settings")
         pgd.check_config(changed)
         config = changed
-    model = Model(config.synthetic, config, state, session.shared_denoiser)
+    model = Model(config.synthetic, config, state, "seed" not in session.fits)
     if config.rounds * config.updates < 100:
         return session, model, None
     name = f"{config.agent} of {Path(run_dir).name}"
-    return session, model, Target(name, session.agent, rounds.agent)
+    return session, model, Target(name, session.agent, jax.tree.map(lambda x: x[0], rounds.agent))
 
 
 def make_runs(task: str, out: Path, num_seeds: int, flags: Sequence[str]) -> list[str]:

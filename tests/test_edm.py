@@ -26,7 +26,7 @@ def shaken(params):
 
 
 def test_schedule_runs_from_sigma_max_to_sigma_min_then_zero():
-    config = pgd.Config(sample_steps=18, sigma_min=0.002)
+    config = pgd.Config(sample_steps=18, sigma_min=0.002, sigma_max=80.0)
     sigmas = np.asarray(pgd.noise_levels(config))
     i = np.arange(18)
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
@@ -89,14 +89,14 @@ def test_loss_does_not_depend_on_the_order_of_the_batch():
 def test_deterministic_sampler_solves_the_probability_flow_of_a_gaussian():
     """Its exact solution is x(0) = MU + (x(sigma_max) - MU) * S / sqrt(S^2 + sigma_max^2)."""
     key, shape = jax.random.key(3), (64, 4, 2)
-    sigmas = pgd.noise_levels(pgd.Config(sample_steps=128))
-    x = pgd.sample(key, gaussian_denoiser, shape, sigmas)
+    sigmas = pgd.noise_levels(pgd.Config(sample_steps=128, sigma_max=80.0))
+    x = pgd.sample_heun(key, gaussian_denoiser, shape, sigmas)
     start = 80.0 * jax.random.normal(jax.random.fold_in(key, 0), shape)
     exact = MU + (start - MU) * S / np.sqrt(S**2 + 80.0**2)
     error = np.abs(x - exact).max()
     assert error < 3e-3
-    coarse = pgd.sample(
-        key, gaussian_denoiser, shape, pgd.noise_levels(pgd.Config(sample_steps=32))
+    coarse = pgd.sample_heun(
+        key, gaussian_denoiser, shape, pgd.noise_levels(pgd.Config(sample_steps=32, sigma_max=80.0))
     )
     coarse_error = np.abs(coarse - exact).max()
     assert (
@@ -109,12 +109,12 @@ def test_stochastic_sampler_has_the_moments_of_a_gaussian(s_churn):
     sigmas = pgd.noise_levels(pgd.Config(sample_steps=128))
     churn = (s_churn, 0.05, 50.0, 1.0)
     sampler = jax.jit(
-        lambda k: pgd.sample(k, gaussian_denoiser, (20_000, 1, 1), sigmas, None, churn)
+        lambda k: pgd.sample_heun(k, gaussian_denoiser, (20_000, 1, 1), sigmas, None, churn)
     )
     x = np.asarray(sampler(jax.random.key(0)))
     assert x.mean() == pytest.approx(MU, abs=0.02)
     assert x.std() == pytest.approx(S, rel=0.03)
-    still = pgd.sample(jax.random.key(0), gaussian_denoiser, (20_000, 1, 1), sigmas)
+    still = pgd.sample_heun(jax.random.key(0), gaussian_denoiser, (20_000, 1, 1), sigmas)
     assert np.corrcoef(x.ravel(), np.asarray(still).ravel())[0, 1] < 0.9  # noise was added
 
 
@@ -126,7 +126,7 @@ def test_sampler_calls_the_denoiser_2n_minus_1_times_and_never_at_zero():
         return x / (1 + sigma**2)
 
     sigmas = pgd.noise_levels(pgd.Config(sample_steps=8))
-    jax.block_until_ready(pgd.sample(jax.random.key(0), denoiser, (2, 4, 1), sigmas))
+    jax.block_until_ready(pgd.sample_heun(jax.random.key(0), denoiser, (2, 4, 1), sigmas))
     jax.effects_barrier()
     assert len(calls) == 15 and min(calls) > 0
 
@@ -134,13 +134,13 @@ def test_sampler_calls_the_denoiser_2n_minus_1_times_and_never_at_zero():
 def test_guide_sees_every_noise_level_once_and_moves_the_sample():
     seen = []
 
-    def guide(x, sigma, step):
+    def guide(x, denoised, sigma, step):
         jax.debug.callback(lambda s, n: seen.append((int(n), float(s))), sigma, step)
         return jnp.where(step == 7, x + 3.0, x)  # at the last step, so that it can be read off
 
     sigmas = pgd.noise_levels(pgd.Config(sample_steps=8))
-    plain = pgd.sample(jax.random.key(0), gaussian_denoiser, (4, 4, 1), sigmas)
-    moved = pgd.sample(jax.random.key(0), gaussian_denoiser, (4, 4, 1), sigmas, guide)
+    plain = pgd.sample_heun(jax.random.key(0), gaussian_denoiser, (4, 4, 1), sigmas)
+    moved = pgd.sample_heun(jax.random.key(0), gaussian_denoiser, (4, 4, 1), sigmas, guide)
     jax.effects_barrier()
     assert [n for n, _ in sorted(seen)] == list(range(8))
     np.testing.assert_allclose([s for _, s in sorted(seen)], sigmas[:-1], rtol=1e-6)

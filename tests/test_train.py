@@ -5,11 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import real_log, toy_log
 
 import agents
 import data
+import devices
 import pgd
 import world_model
 
@@ -43,7 +45,7 @@ def test_chunks_equal_the_whole(synthetic):
     trainer, dataset = make(dataclasses.replace(CONFIG, synthetic=synthetic))
     key_fit, key_rounds = jax.random.split(jax.random.key(5))
     whole = jax.jit(trainer.train)(jax.random.key(5), dataset)
-    gen_whole, state_whole, metrics_whole, _ = whole
+    gen_whole, state_whole, metrics_whole = whole
     fit_chunk, round_chunk = jax.jit(trainer.generator.fit_chunk), jax.jit(trainer.round_chunk)
     gen = trainer.generator.init(key_fit)
     for _ in range(trainer.generator.num_chunks):
@@ -70,24 +72,160 @@ def test_a_chunk_leaves_the_kind_of_state_it_takes_so_that_it_compiles_once(synt
     assert kind(after) == kind(state)
 
 
+def make_one(dataset, agent=None):
+    """-> make(config) -> Trainer, as pgd.build has it."""
+    agent = agent or agents.td3_bc(hidden=(16, 16))
+    makers = {"none": pgd.make_resampler, "world-model": world_model.make_world_model}
+
+    def make(config):
+        generator = makers.get(config.synthetic, pgd.make_diffusion)(config, 3, 2)
+        return pgd.make_train(config, agent, generator, 3, 2, evaluate)
+
+    return make
+
+
+def train_all(config):
+    """The whole of a config's runs on this machine's one device -> (points, fits, results)."""
+    dataset, points = pgd.make_dataset(toy_log(), config), pgd.sweep_points(config)
+    fits = pgd.fit_axes(config, list(points[0]))
+    mesh = devices.make_mesh(len(points), config.num_seeds, 1)
+    trainer = pgd.spread(make_one(dataset), config, mesh, len(points), fits)
+    return points, fits, jax.jit(trainer.train)(pgd.make_runs(config, points), dataset)
+
+
 @pytest.mark.parametrize(
-    "synthetic, shared", [("diffusion", True), ("diffusion", False), ("world-model", False)]
+    "synthetic, shared, sweep",
+    [
+        ("diffusion", False, ""),
+        ("world-model", False, "penalty 0 2"),
+        ("diffusion", True, "guidance 0 0.5"),
+        ("diffusion", False, "p_mean -1.2 0.5 eta 0 4"),
+    ],
 )
-def test_every_seed_under_vmap_equals_that_seed_alone(synthetic, shared):
-    trainer, dataset = make(dataclasses.replace(CONFIG, synthetic=synthetic))
-    many = pgd.vmap_seeds(trainer, shared)
-    seeds = jnp.array([3, 11])
-    keys = jax.vmap(jax.random.key)(seeds)
-    fit_key = jax.random.key(0) if shared else keys
-    gen, _ = jax.jit(many.fit)(fit_key, dataset)
-    states, metrics = jax.jit(many.run_rounds)(keys, gen, dataset)
-    for i in range(2):
-        alone_key = jax.random.key(0) if shared else keys[i]
-        gen_alone, _ = jax.jit(trainer.fit)(alone_key, dataset)
-        state, metrics_alone = jax.jit(trainer.run_rounds)(keys[i], gen_alone, dataset)
-        assert_close(jax.tree.map(lambda x, i=i: x[i], states), state)
-        assert_close(metrics["return"][i], metrics_alone["return"])
-    assert np.abs(metrics["return"][0] - metrics["return"][1]).max() > 1e-4
+def test_every_run_of_a_program_equals_that_run_alone(synthetic, shared, sweep):
+    config = dataclasses.replace(
+        CONFIG, synthetic=synthetic, shared_denoiser=shared, seed=3, num_seeds=2,
+        sweep=tuple(sweep.split()),
+    )  # fmt: skip
+    points, fits, (gen, states, metrics) = train_all(config)
+    assert metrics["return"].shape == (len(points), 2, CONFIG.rounds)
+    dataset = pgd.make_dataset(toy_log(), config)
+    make = make_one(dataset)
+    of = lambda point: make(dataclasses.replace(config, **point))
+    fit = jax.jit(lambda point, key: of(point).fit(key, dataset))
+    run_rounds = jax.jit(lambda point, key, gen: of(point).run_rounds(key, gen, dataset))
+    for i, point in enumerate(points):
+        for s in range(2):
+            key = jax.random.key(3 + s)
+            gen_alone = fit(point, jax.random.split(jax.random.key(0) if shared else key)[0])
+            own = tuple({"sweep": i, "seed": s}[axis] for axis in fits)
+            assert_close(jax.tree.map(lambda x: x[own], gen), gen_alone)
+            state, of_run = run_rounds(point, jax.random.split(key)[1], gen_alone)
+            assert_close(jax.tree.map(lambda x: x[i, s], states), state, 5e-4)
+            assert_close(metrics["return"][i, s], of_run["return"], 5e-4)
+    assert len(set(metrics["return"][..., -1].ravel().tolist())) == 2 * len(points)
+
+
+def test_a_setting_written_into_the_program_gives_what_it_gives_at_run_time():
+    dataset, config = pgd.make_dataset(toy_log(), CONFIG), dataclasses.replace(CONFIG, seed=7)
+    trainer = pgd.spread(make_one(dataset), config, devices.make_mesh(1, 1, 1))
+    gen, state, metrics = jax.jit(trainer.train)(pgd.make_runs(config), dataset)
+    alone = make_one(dataset)(config)
+    gen_alone = jax.jit(alone.fit)(jax.random.split(jax.random.key(0))[0], dataset)
+    key = jax.random.split(jax.random.key(7))[1]
+    state_alone, metrics_alone = jax.jit(alone.run_rounds)(key, gen_alone, dataset)
+    assert_close(gen, gen_alone)
+    assert_close(jax.tree.map(lambda x: x[0, 0], state), state_alone, 5e-4)
+    assert_close(metrics["return"][0, 0], metrics_alone["return"], 5e-4)
+
+
+def test_what_does_not_touch_the_fit_leaves_one_denoiser_for_all():
+    sweep = lambda *words, **kw: pgd.fit_axes(dataclasses.replace(CONFIG, **kw), words)
+    assert sweep() == sweep("guidance", "eta") == ()
+    assert sweep("fit_lr") == ("sweep",)
+    assert sweep("guidance", shared_denoiser=False) == ("seed",)
+    assert sweep("fit_lr", shared_denoiser=False) == ("sweep", "seed")
+    assert sweep("penalty", synthetic="world-model") == ()
+
+
+def test_a_grid_has_every_pair_of_values():
+    config = dataclasses.replace(CONFIG, sweep=("guidance", "0", "1", "s-noise", "1", "1.1"))
+    grid = [(p["guidance"], p["s_noise"]) for p in pgd.sweep_points(config)]
+    assert grid == [(0.0, 1.0), (0.0, 1.1), (1.0, 1.0), (1.0, 1.1)]
+    assert pgd.sweep_points(CONFIG) == [{}]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("horizon 16 32", "is not a number to vary"),
+        ("validation 0.1 0.2", "changes the log's split"),
+        ("penalty 0 1", "does nothing here"),
+        ("guidence 0 1", "is not a setting"),
+        ("0 1", "wants a field before its values"),
+        ("guidance", "wants values"),
+        ("guidance 1 1", "each once"),
+        ("guidance 0 guidance 1", "named twice"),
+        ("sigma-min 0.1 30", "--sigma-min must lie between"),
+        ("fit-lr 0.1 -1", "--fit-lr must be above 0"),
+        ("guidance 0 inf", "must be finite"),
+    ],
+)
+def test_a_sweep_that_cannot_work_says_so(words, said):
+    with pytest.raises(pgd.UserError, match=said):
+        pgd.sweep_points(dataclasses.replace(CONFIG, sweep=tuple(words.split())))
+
+
+def test_settings_given_at_run_time_do_not_change_the_program():
+    """So that another --guidance or --fit-steps finds its program in the compilation cache."""
+    dataset, text = pgd.make_dataset(toy_log(), CONFIG), set()
+    for changed in (
+        {},
+        {"guidance": 2.0, "eta": 1.0},
+        {"fit_lr": 1e-3, "fit_steps": 40, "p_mean": -1.0},
+    ):
+        config = dataclasses.replace(CONFIG, **changed)
+        trainer = pgd.spread(make_one(dataset), config, devices.make_mesh(1, 1, 1))
+        runs = pgd.make_runs(config)
+        text.add(jax.jit(trainer.train).lower(runs, dataset).as_text())
+    assert len(text) == 1
+    off = dataclasses.replace(CONFIG, guidance=0.0)  # but what is switched off is left out
+    trainer = pgd.spread(make_one(dataset), off, devices.make_mesh(1, 1, 1))
+    shorter = jax.jit(trainer.train).lower(pgd.make_runs(off), dataset).as_text()
+    assert len(shorter) < 0.97 * len(text.pop())
+
+
+def test_the_learning_rate_is_a_warm_up_and_a_cosine():
+    """As optax has it, which cannot take a number of steps given at run time."""
+    config = dataclasses.replace(CONFIG, fit_steps=40, fit_lr=0.01, fit_chunk=1)
+    dataset, generator = pgd.make_dataset(toy_log(), config), pgd.make_diffusion(config, 3, 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.001, 0.01, 4, 40)
+    state, fit_chunk = generator.init(jax.random.key(0)), jax.jit(generator.fit_chunk)
+    for step in range(12):
+        # Adam's own state says which direction was taken; the length is the learning rate
+        before = state
+        state, _ = fit_chunk(jax.random.key(1), state, dataset)
+        mu, nu = state.opt_state[0].mu["in"]["w"], state.opt_state[0].nu["in"]["w"]
+        n = step + 1
+        way = (mu / (1 - 0.9**n)) / (jnp.sqrt(nu / (1 - 0.999**n)) + 1e-8)
+        moved = before.params["in"]["w"] - state.params["in"]["w"]
+        rate = float(jnp.sum(moved * way) / jnp.sum(way**2))
+        if step > 0:  # the network's output is 0 at first, and so is this gradient
+            assert rate == pytest.approx(float(schedule(step)), rel=1e-3)
+
+
+def test_the_host_is_told_of_every_chunk():
+    told = []
+    dataset = pgd.make_dataset(toy_log(), CONFIG)
+    generator = pgd.make_diffusion(CONFIG, 3, 2)
+    report = lambda stage, metrics: told.append((stage, float(metrics.get("loss", 0.0))))
+    agent = agents.td3_bc(hidden=(16, 16))
+    trainer = pgd.make_train(CONFIG, agent, generator, 3, 2, evaluate, report)
+    jax.block_until_ready(jax.jit(trainer.train)(jax.random.key(0), dataset))
+    jax.effects_barrier()
+    stages = [stage for stage, _ in told]
+    assert stages.count("fit") == 4 and stages.count("rounds") == CONFIG.rounds
+    assert all(0 < loss < 10 for stage, loss in told if stage == "fit")
 
 
 def test_first_round_is_unguided_and_later_ones_are_not():
@@ -95,7 +233,7 @@ def test_first_round_is_unguided_and_later_ones_are_not():
     buffers = []
     for config in (CONFIG, unguided):
         trainer, dataset = make(config)
-        gen, _ = jax.jit(trainer.fit)(jax.random.key(0), dataset)
+        gen = jax.jit(trainer.fit)(jax.random.key(0), dataset)
         state = trainer.init_rounds(jax.random.key(1), gen, dataset)
         for _ in range(2):
             state, _ = jax.jit(trainer.round_chunk)(jax.random.key(1), state, gen, dataset)
@@ -106,7 +244,7 @@ def test_first_round_is_unguided_and_later_ones_are_not():
 
 def test_buffer_keeps_the_newest_rounds():
     trainer, dataset = make()
-    gen, _ = jax.jit(trainer.fit)(jax.random.key(0), dataset)
+    gen = jax.jit(trainer.fit)(jax.random.key(0), dataset)
     state = trainer.init_rounds(jax.random.key(1), gen, dataset)
     seen = []
     for _ in range(3):
@@ -183,11 +321,12 @@ def test_host_evaluation_of_a_seed_does_not_depend_on_its_neighbours(monkeypatch
     dataset = pgd.make_dataset(toy_log(obs_dim=17, act_dim=6), CONFIG)
     agent = agents.td3_bc(hidden=(8,))
     states = jax.vmap(lambda k: agent.init(k, 17, 6))(jax.random.split(jax.random.key(0), 2))
+    states = jax.tree.map(lambda x: x[None], states)  # of one point
     both = dataclasses.replace(CONFIG, num_seeds=2, eval_episodes=2)
     second = dataclasses.replace(both, seed=1, num_seeds=1)
     returns = pgd.make_host_evaluate(both, "halfcheetah", agent, dataset)(0, states)
     alone = pgd.make_host_evaluate(second, "halfcheetah", agent, dataset)(
-        0, jax.tree.map(lambda x: x[1:], states)
+        0, jax.tree.map(lambda x: x[:, 1:], states)
     )
-    assert returns.shape == (2,) and abs(returns[0] - returns[1]) > 1e-3
-    np.testing.assert_allclose(returns[1], alone[0], rtol=1e-3)
+    assert returns.shape == (1, 2) and abs(returns[0, 0] - returns[0, 1]) > 1e-3
+    np.testing.assert_allclose(returns[0, 1], alone[0, 0], rtol=1e-3)
