@@ -68,7 +68,7 @@ class Target(NamedTuple):
 
 SAMPLER = (
     "sampler sample_steps sigma_min sigma_max rho eta order s_churn s_tmin s_tmax s_noise "
-    "guidance_sine guidance_normalise guidance_denoised"
+    "guidance_sine guidance_every guidance_normalise guidance_denoised"
 ).split()
 
 
@@ -108,12 +108,14 @@ def load_run(run_dir: str, flags: Sequence[str] = ()) -> tuple[pgd.Session, Mode
     return session, model, Target(name, session.agent, jax.tree.map(lambda x: x[0], rounds.agent))
 
 
-def make_runs(task: str, out: Path, num_seeds: int, flags: Sequence[str]) -> list[str]:
+def make_runs(
+    task: str, out: Path, num_seeds: int, flags: Sequence[str], kinds=("diffusion", "world-model")
+) -> list[str]:
     """Fit a denoiser and a world model per seed to the task's log, unless that was done before ->
     their run folders."""
     folders = []
     log = ["--dataset-path" if task.endswith((".hdf5", ".npz")) else "--env", task]
-    for synthetic in ("diffusion", "world-model"):
+    for synthetic in kinds:
         folder = out / synthetic
         argv = [*log, "--synthetic", synthetic, "--num-seeds", str(num_seeds)]
         argv += ["--no-shared-denoiser", "--rounds", "1", "--updates", "1", "--eval-episodes", "1"]

@@ -102,6 +102,7 @@ class Config:
     # --- Guidance (PGD section 4) ---
     guidance: float = 1.0  # lambda; 0 is unguided diffusion
     guidance_sine: float = 0.3  # c, height of the sine in the schedule of lambda
+    guidance_every: int = 1  # push at every so many levels, and so much further
     guidance_normalise: bool = True  # scale each trajectory's gradient to unit length
     guidance_denoised: bool = True  # gradient at the last D(x; sigma) rather than at x
 
@@ -614,9 +615,9 @@ def make_policy_guide(log_prob: Callable, dataset: Dataset, config: Config, weig
     of the trajectory's summed log_prob with respect to them, and ||g|| its norm over the (T, A) of
     one trajectory. lambda_n is of the paper's 256 levels, and as much more as there are fewer.
     """
-    o, a, num = dataset.obs_dim, dataset.act_dim, config.sample_steps
+    o, a, num, every = dataset.obs_dim, dataset.act_dim, config.sample_steps, config.guidance_every
 
-    def guide(x, denoised, sigma, step):
+    def push(x, denoised, step):
         at = denoised if config.guidance_denoised else x
 
         def score(pre_tanh):
@@ -629,8 +630,13 @@ def make_policy_guide(log_prob: Callable, dataset: Dataset, config: Config, weig
             norm_sq = jnp.sum(g**2, axis=(-2, -1), keepdims=True)
             g = g * jax.lax.rsqrt(jnp.maximum(norm_sq, 1e-12))
         sine = config.guidance_sine * jnp.sin(jnp.pi * (step + 1) / num)
-        lambda_n = weight * ((1 - step / num) + sine) * GUIDANCE_LEVELS / num
+        lambda_n = weight * ((1 - step / num) + sine) * GUIDANCE_LEVELS * every / num
         return x.at[..., o : o + a].add(jnp.where(step < num - 1, lambda_n, 0.0) * g)
+
+    def guide(x, denoised, sigma, step):
+        if every == 1:
+            return push(x, denoised, step)
+        return jax.lax.cond(step % every == 0, push, lambda x, *_: x, x, denoised, step)
 
     return guide
 
@@ -1029,7 +1035,8 @@ def spread(
 AT_LEAST_ONE = (
     "num_seeds stride features levels blocks expansion groups kernel fit_steps fit_chunk fit_batch "
     "rounds updates batch_size trajectories sample_batch buffer_rounds eval_episodes export_steps "
-    "members elites model_layers model_hidden model_steps model_chunk patience model_batch rollout"
+    "members elites model_layers model_hidden model_steps model_chunk patience model_batch rollout "
+    "guidance_every"
 ).split()
 
 
