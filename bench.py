@@ -1,20 +1,27 @@
 """Speed, as ratios to this machine's own matrix multiplication rate, measured in the same run.
 
-    python bench.py                # everything, about five minutes on two cores
-    python bench.py --json FILE    # the same for machines
-    python bench.py --only host    # logs and simulators alone: against plain ways in the same run
+    python bench.py                      # every table, about fifteen minutes on two cores
+    python bench.py --only parts         # or one of them: parts, seeds, plain, runs, host
+    python bench.py --json FILE.json --figure FILE.png
 
-A ratio is (floating-point operations that the method needs, counted by hand) / time / matmul rate.
+parts: each part of the method alone; a share is (floating-point operations that the method needs,
+counted by hand) / time / matmul rate. seeds: what more seeds in one program cost. plain: against
+the plain way of doing the same. runs: pgd.py as a user starts it. host: logs and simulators.
+Memory is what XLA reserves for a program, its arguments and results included.
 """
 
 import argparse
 import dataclasses
-import resource
+import os
+import pty
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +29,7 @@ import numpy as np
 
 import agents
 import data
+import devices
 import envs
 import pgd
 import runs
@@ -31,22 +39,33 @@ OBS, ACT = 17, 6  # halfcheetah
 LOG_SIZE = 1_000_000
 
 
-def seconds(f, *args, repeats: int = 4) -> tuple[float, float]:
-    """-> (best wall time of a call, time of the first call, compilation included)."""
+class Measured(NamedTuple):
+    """One program."""
+
+    seconds: float  # best wall time of a call
+    compile_s: float
+    memory_mb: float
+
+
+def measure(f, *args, repeats: int = 4) -> Measured:
+    """Compile f for these arguments, and call it."""
     start = time.perf_counter()
-    jax.block_until_ready(f(*args))
-    first, best = time.perf_counter() - start, np.inf
+    program = jax.jit(f).lower(*args).compile()
+    compile_s, best = time.perf_counter() - start, np.inf
+    m = program.memory_analysis()
+    size = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes
+    jax.block_until_ready(program(*args))
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(f(*args))
+        jax.block_until_ready(program(*args))
         best = min(best, time.perf_counter() - start)
-    return best, first
+    return Measured(best, compile_s, size / 1e6)
 
 
 def matmul_rate(n: int = 2048) -> float:
     """FLOP/s of one large float32 matrix product."""
     a = jax.random.normal(jax.random.key(0), (n, n))
-    return 2 * n**3 / seconds(jax.jit(lambda a: a @ a), a, repeats=8)[0]
+    return 2 * n**3 / measure(lambda a: a @ a, a, repeats=8).seconds
 
 
 def random_dataset(config: pgd.Config) -> pgd.Dataset:
@@ -71,101 +90,101 @@ def unet_flops(config: pgd.Config) -> float:
     return 2 * config.horizon * (config.blocks * block + 2 * config.kernel * f * dim)
 
 
-def bench_denoiser(features: int, dataset: pgd.Dataset, rate: float, steps: int = 40):
-    """Rows for a training step in its scan and for guided sampling."""
-    config = pgd.Config(
-        features=features,
-        fit_batch=32,
-        fit_chunk=steps,
-        sample_steps=16,
-        trajectories=32,
-        sample_batch=32,
-    )
-    diffusion = pgd.make_diffusion(config, OBS, ACT)
-    key = jax.random.key(0)
-    state = jax.jit(diffusion.init)(key)
-    best, first = seconds(jax.jit(diffusion.fit_chunk), key, state, dataset)
-    flops = 3 * 32 * unet_flops(config) * steps
-    yield (
-        f"denoiser training step, {features} features, batch 32",
-        best / steps,
-        first,
-        flops / best / rate,
-    )
-
-    agent = agents.td3_bc()
-    agent_state = agent.init(key, OBS, ACT)
-    for name, guidance, denoised in (
-        ("unguided", 0.0, False), ("guided", 1.0, False), ("guided, denoised", 1.0, True)
-    ):  # fmt: skip
-        c = dataclasses.replace(config, guidance=guidance, guidance_denoised=denoised)
-        diffusion = pgd.make_diffusion(c, OBS, ACT)
-
-        @jax.jit
-        def generate(key, state, agent_state, dataset, diffusion=diffusion):
-            policy = pgd.target_policy(agent, agent_state)
-            return diffusion.generate(key, state, policy, 1.0, dataset)
-
-        best, first = seconds(generate, key, state, agent_state, dataset)
-        calls = 2 * c.sample_steps - 1 + (c.sample_steps if guidance and denoised else 0)
-        flops = 32 * calls * unet_flops(c)
-        yield (
-            f"Heun step of 32 trajectories, {features} features, {name}",
-            best / c.sample_steps, first, flops / best / rate,
-        )  # fmt: skip
+def part(what: str, m: Measured, per: float, flops: float, rate: float) -> dict:
+    """A row: m made `per` of what is meant, in `flops` operations."""
+    row = {"what": what, "ms": m.seconds / per * 1e3, "of_matmul": flops / m.seconds / rate}
+    return row | {"compile_s": m.compile_s, "memory_mb": m.memory_mb}
 
 
-def bench_world_model(dataset: pgd.Dataset, rate: float, steps: int = 200):
-    """Rows for a training step of the ensemble and for a step of its rollouts, next to diffusion's
-    way of making as many transitions."""
-    num = 31 * 128
-    config = pgd.Config(
-        model_chunk=steps,
-        patience=10**6,
-        horizon=31,
-        trajectories=128,
-        rollout=31,
-        sample_batch=128,
-    )
-    model, key = world_model.make_world_model(config, OBS, ACT), jax.random.key(0)
-    state = jax.jit(model.init)(key)
-    width = config.model_hidden
-    one = (OBS + ACT) * width + (config.model_layers - 1) * width**2 + width * (2 * OBS + 3)
-    best, first = seconds(jax.jit(model.fit_chunk), key, state, dataset)
-    flops = 3 * 2 * one * config.members * config.model_batch * steps
-    what = f"world model training step, {config.members} members, batch {config.model_batch}"
-    yield what, best / steps, first, flops / best / rate
+def guided(diffusion: pgd.Generator, agent):
+    """-> generate(key, denoiser state, agent state, dataset)."""
 
-    agent = agents.td3_bc()
-    agent_state = agent.init(key, OBS, ACT)
-
-    @jax.jit
-    def roll_out(key, state, agent_state, dataset):
-        policy = pgd.target_policy(agent, agent_state)
-        return model.generate(key, state, policy, 1.0, dataset)
-
-    best, first = seconds(roll_out, key, state, agent_state, dataset)
-    flops = 2 * one * config.elites * num
-    yield "1,000 transitions of the world model", best / num * 1e3, first, flops / best / rate
-
-    config = pgd.Config(features=128, trajectories=128, sample_batch=128)
-    diffusion = pgd.make_diffusion(config, OBS, ACT)
-
-    @jax.jit
     def generate(key, state, agent_state, dataset):
         policy = pgd.target_policy(agent, agent_state)
         return diffusion.generate(key, state, policy, 1.0, dataset)
 
+    return generate
+
+
+def bench_denoiser(features: int, dataset: pgd.Dataset, rate: float, steps: int = 40):
+    """Rows for a training step in its scan and for a level of each sampler."""
+    config = pgd.Config(
+        features=features, fit_batch=32, fit_chunk=steps, sample_steps=16, trajectories=32,
+        sample_batch=32,
+    )  # fmt: skip
+    diffusion, key = pgd.make_diffusion(config, OBS, ACT), jax.random.key(0)
     state = jax.jit(diffusion.init)(key)
-    best, first = seconds(generate, key, state, agent_state, dataset, repeats=2)
-    flops = 128 * (3 * config.sample_steps - 1) * unet_flops(config)
-    what = "1,000 transitions of guided diffusion, 128 features, 32 levels"
-    yield what, best / num * 1e3, first, flops / best / rate
+    m = measure(diffusion.fit_chunk, key, state, dataset)
+    flops = 3 * 32 * unet_flops(config) * steps
+    yield part(f"denoiser training step, {features} features, batch 32", m, steps, flops, rate)
+
+    agent = agents.td3_bc()
+    agent_state = agent.init(key, OBS, ACT)
+    for sampler, guidance in [("heun", 0.0), ("heun", 1.0), ("sde", 0.0), ("sde", 1.0)]:
+        c = dataclasses.replace(config, sampler=sampler, guidance=guidance)
+        m = measure(
+            guided(pgd.make_diffusion(c, OBS, ACT), agent), key, state, agent_state, dataset
+        )
+        calls = 2 * c.sample_steps - 1 if sampler == "heun" else c.sample_steps
+        name = f"{sampler} step of 32 trajectories, {features} features"
+        name += ", guided" if guidance else ", unguided"
+        yield part(name, m, c.sample_steps, 32 * calls * unet_flops(c), rate)
+
+
+def bench_world_model(dataset: pgd.Dataset, rate: float, steps: int = 200):
+    """Rows for a training step of the ensemble and for its rollouts, next to diffusion's way of
+    making as many transitions."""
+    num, length = 31 * 128, 31
+    config = pgd.Config(
+        model_chunk=steps, patience=10**6, horizon=length, trajectories=128, rollout=length,
+        sample_batch=128,
+    )  # fmt: skip
+    model, key = world_model.make_world_model(config, OBS, ACT), jax.random.key(0)
+    state, width = jax.jit(model.init)(key), config.model_hidden
+    one = (OBS + ACT) * width + (config.model_layers - 1) * width**2 + width * (2 * OBS + 3)
+    m = measure(model.fit_chunk, key, state, dataset)
+    flops = 3 * 2 * one * config.members * config.model_batch * steps
+    what = f"world model training step, {config.members} members, batch {config.model_batch}"
+    yield part(what, m, steps, flops, rate)
+
+    agent = agents.td3_bc()
+    agent_state = agent.init(key, OBS, ACT)
+    m = measure(guided(model, agent), key, state, agent_state, dataset)
+    flops = 2 * one * config.elites * num
+    yield part("1,000 transitions of the world model", m, num / 1e3, flops, rate)
+
+    for about, over in [
+        ("default sampler", {}),
+        ("Heun, 32 levels", dict(sampler="heun", sigma_max=80.0)),
+        ("Heun, the paper's 256", dict(sampler="heun", sigma_max=80.0, sample_steps=256)),
+    ]:
+        c = pgd.Config(features=128, trajectories=128, sample_batch=128, **over)
+        diffusion = pgd.make_diffusion(c, OBS, ACT)
+        state = jax.jit(diffusion.init)(key)
+        m = measure(guided(diffusion, agent), key, state, agent_state, dataset, repeats=1)
+        calls = 2 * c.sample_steps - 1 if c.sampler == "heun" else c.sample_steps
+        what = f"1,000 transitions of guided diffusion, 128 features, {about}"
+        yield part(what, m, num / 1e3, 128 * calls * unet_flops(c), rate)
 
 
 def mlp_flops(inputs: int, outputs: int, batch: int = 256, hidden: int = 256) -> float:
     """Of one forward pass."""
     return 2 * batch * (inputs * hidden + hidden * hidden + hidden * outputs)
+
+
+def updates_of(agent, num: int):
+    """-> run(key, agent state, dataset): so many updates in their scan, on batches of the log."""
+
+    def run(key, state, dataset):
+        def step(state, key):
+            key_batch, key_agent = jax.random.split(key)
+            batch = pgd.sample_real(key_batch, dataset, agent.batches_per_update * 256)
+            return agent.update(key_agent, state, batch)
+
+        state, metrics = jax.lax.scan(step, state, jax.random.split(key, num))
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    return run
 
 
 def bench_agents(dataset: pgd.Dataset, rate: float, updates: int = 200):
@@ -177,23 +196,189 @@ def bench_agents(dataset: pgd.Dataset, rate: float, updates: int = 200):
         "iql": 2 * critic + 3 * value + value + 3 * actor + value + 6 * critic,
     }
     for name, flop in flops.items():
-        agent = agents.make_agent(name)
-        n = agent.batches_per_update
-
-        @jax.jit
-        def run(key, state, dataset, agent=agent, n=n):
-            def step(state, key):
-                key_batch, key_agent = jax.random.split(key)
-                return agent.update(key_agent, state, pgd.sample_real(key_batch, dataset, n * 256))
-
-            state, metrics = jax.lax.scan(step, state, jax.random.split(key, updates))
-            return state, jax.tree.map(jnp.mean, metrics)
-
-        key = jax.random.key(0)
-        best, first = seconds(run, key, agent.init(key, OBS, ACT), dataset)
-        per_unit = best / updates / n
+        agent, key = agents.make_agent(name), jax.random.key(0)
+        m = measure(updates_of(agent, updates), key, agent.init(key, OBS, ACT), dataset)
         what = ", per critic update and half an actor update" if name == "td3_bc" else ""
-        yield f"{name} update, batch 256{what}", per_unit, first, flop * updates / best / rate
+        per = updates * agent.batches_per_update
+        yield part(f"{name} update, batch 256{what}", m, per, flop * updates, rate)
+
+
+# --- Seeds: one program of many ---
+
+
+def bench_seeds(counts: list[int], dataset: pgd.Dataset):
+    """Rows for the stages of a run, and the whole, for so many seeds in one program; ratio: time
+    over that of as many programs of one seed, one after another."""
+    config = pgd.Config(
+        fit_batch=16, fit_steps=40, fit_chunk=40, trajectories=32, sample_batch=32, updates=100,
+        rounds=2, shared_denoiser=False, agent="td3_bc",
+    )  # fmt: skip
+    agent, alone = agents.td3_bc(), {}
+    num_devices = len(jax.local_devices())
+    for seeds in counts:
+        c = dataclasses.replace(config, num_seeds=seeds)
+        mesh = devices.make_mesh(1, seeds, 0 if seeds % num_devices == 0 else 1)
+        fits, all_runs = pgd.fit_axes(c, []), pgd.make_runs(c)
+
+        def make(c):
+            diffusion = pgd.make_diffusion(c, OBS, ACT)
+            return pgd.make_train(c, agent, diffusion, OBS, ACT)
+
+        trainer = pgd.spread(make, c, mesh, 1, fits)
+        all_runs, here = devices.put(all_runs, mesh), devices.put(dataset, mesh)
+        gen_state = jax.jit(trainer.generator.init)(all_runs)
+        state = jax.jit(trainer.init_rounds)(all_runs, gen_state, here)
+        updates = jax.vmap(updates_of(agent, 200), in_axes=(0, 0, None))
+        agent_states = jax.tree.map(lambda x: x[0], state.agent)
+        for stage, f, args in [
+            ("denoiser training, 40 steps", trainer.generator.fit_chunk, (gen_state, here)),
+            ("guided sampling, 32 trajectories", trainer.generate,
+             (state, gen_state, here, jnp.int32(0))),
+            ("td3_bc, 200 updates", lambda r, *a: updates(r.keys, *a), (agent_states, here)),
+            ("a round: the sampling and 100 updates", trainer.round_chunk,
+             (state, gen_state, here)),
+            ("a run: the training and two rounds", trainer.train, (here,)),
+        ]:  # fmt: skip
+            m = measure(f, all_runs, *args, repeats=3)
+            alone.setdefault(stage, m.seconds / seeds)
+            row = {"what": stage, "seeds": seeds, "ms": m.seconds * 1e3}
+            row["ratio"] = m.seconds / seeds / alone[stage]
+            yield row | {"compile_s": m.compile_s, "memory_mb": m.memory_mb}
+
+
+# --- The plain way of doing the same ---
+
+
+def conv_by_xla(x, w, kernel: int):
+    """What pgd.convolve computes, as XLA's own convolution."""
+    flat = x.reshape(-1, *x.shape[-2:])
+    filters = w.reshape(kernel, -1, w.shape[-1])
+    y = jax.lax.conv_general_dilated(
+        flat, filters, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+    )
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def bench_plain(dataset: pgd.Dataset, features: int = 64, steps: int = 20):
+    """Rows (what, ms, the plain way, its ms, ratio)."""
+    config = pgd.Config(features=features, fit_batch=16, fit_chunk=steps, fit_steps=1_000)
+    diffusion, key = pgd.make_diffusion(config, OBS, ACT), jax.random.key(0)
+    state = jax.jit(diffusion.init)(key)
+    ours = measure(diffusion.fit_chunk, key, state, dataset)
+
+    def row(what, ours_s, plain, plain_s):
+        times = {"ms": ours_s * 1e3, "plain": plain, "plain_ms": plain_s * 1e3}
+        return {"what": what, **times, "ratio": plain_s / ours_s}
+
+    what = f"denoiser training step, {features} features, batch 16"
+    with mock.patch.object(pgd, "convolve", conv_by_xla):
+        plain = measure(diffusion.fit_chunk, key, state, dataset, repeats=2)
+    yield row(what, ours.seconds / steps, "the same with lax.conv", plain.seconds / steps)
+
+    one = pgd.make_diffusion(dataclasses.replace(config, fit_chunk=1), OBS, ACT)
+    step = jax.jit(one.fit_chunk)
+
+    def loop(state):
+        for _ in range(steps):
+            state, metrics = step(key, state, dataset)
+            float(metrics["loss"])  # as a loop that logs its loss does
+        return state
+
+    loop(state)
+    plain_s = min(once(lambda: loop(state)) for _ in range(3)) / steps
+    yield row(what, ours.seconds / steps, "a Python loop round one jitted step", plain_s)
+
+    agent, num = agents.td3_bc(), 100
+    agent_state = agent.init(key, OBS, ACT)
+    ours = measure(updates_of(agent, num), key, agent_state, dataset)
+    single = jax.jit(updates_of(agent, 1))
+
+    def agent_loop(state):
+        for i in range(num):
+            state, metrics = single(jax.random.fold_in(key, i), state, dataset)
+            float(metrics["q"])
+        return state
+
+    agent_loop(agent_state)
+    plain_s = min(once(lambda: agent_loop(agent_state)) for _ in range(3)) / num
+    yield row("td3_bc update", ours.seconds / num, "a Python loop round one jitted step", plain_s)
+
+    ours = measure(lambda key, dataset: pgd.sample_real(key, dataset, 256), key, dataset)
+    choose = lambda key, dataset: dataset.transitions(
+        jax.random.choice(key, dataset.usable.shape[0], (256,), replace=False)
+    )
+    plain = measure(choose, key, dataset, repeats=2)
+    without = "without replacement, as torch loaders do"
+    yield row("a batch of 256 of the log", ours.seconds, without, plain.seconds)
+
+    windows = dataset.steps[dataset.train_starts[: 2**15, None] + jnp.arange(32)]
+    draw = lambda key, dataset: pgd.sample_windows(key, dataset, dataset.train_starts, 16, 32)
+    ours = measure(draw, key, dataset)
+    stored = lambda key, w: w[jax.random.randint(key, (16,), 0, len(w))]
+    plain = measure(stored, key, windows)
+    yield row("16 windows gathered from flat steps", ours.seconds,
+              "from a stored copy of windows (25 times the memory)", plain.seconds)  # fmt: skip
+    del windows
+
+    seeds, small = 4, dataclasses.replace(config, num_seeds=4, updates=50, rounds=1, fit_chunk=20)
+    small = dataclasses.replace(small, fit_steps=20, trajectories=16, sample_batch=16)
+
+    def make(c):
+        return pgd.make_train(c, agent, pgd.make_diffusion(c, OBS, ACT), OBS, ACT)
+
+    def first(num):
+        c = dataclasses.replace(small, num_seeds=num)
+        trainer = pgd.spread(make, c, devices.make_mesh(1, num, 1))
+        jax.clear_caches()
+        return once(
+            lambda: jax.block_until_ready(jax.jit(trainer.train)(pgd.make_runs(c), dataset))
+        )
+
+    what = f"{seeds} seeds of a short run, compilation included"
+    yield row(what, first(seeds), "one program per seed", sum(first(1) for _ in range(seeds)))
+
+
+# --- Runs, as a user starts them ---
+
+FIRST = {"first loss on the progress bar": "loss ", "first return": "return -"}
+
+
+def start(folder: str, cache: str, *flags: str) -> tuple[dict[str, float], float]:
+    """Run pgd.py as in a terminal -> (seconds until each of FIRST and the end, peak MB)."""
+    command = [sys.executable, str(data.HERE / "pgd.py"), *flags, "--out", folder]
+    ours, theirs = pty.openpty()
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+    begin, seen, text = time.perf_counter(), {}, ""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=env)
+    os.close(theirs)
+    while True:
+        try:
+            text = (text + os.read(ours, 4096).decode(errors="replace"))[-2_000:]
+        except OSError:  # it has closed its end
+            break
+        for name, mark in FIRST.items():
+            if mark in text:
+                seen.setdefault(name, time.perf_counter() - begin)
+    _, status, usage = os.wait4(process.pid, 0)
+    os.close(ours)
+    if status != 0:
+        raise RuntimeError(f"pgd.py {' '.join(flags)} failed: {text[-500:]}")
+    return seen | {"the end": time.perf_counter() - begin}, usage.ru_maxrss / 1024
+
+
+def bench_runs():
+    """Rows for pgd.py from a shell: with an empty compilation cache and a full one, in chunks and
+    fused. The log has been collected before."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = ["--fit-steps", "3000", "--rounds", "3"]
+        start(f"{folder}/before", f"{folder}/none", "--preset", "smoke")  # collects the log
+        for flags, name in [([], "in chunks"), (["--fused"], "fused")]:
+            for i, cache in enumerate(["first run", "second run"]):
+                out, kept = f"{folder}/{name}{i}", f"{folder}/cache-{name}"
+                seen, peak = start(out, kept, *short, *flags)
+                for what, seconds in seen.items():
+                    about = f"pgd.py {' '.join(short)}, {name}, {cache}: {what}"
+                    yield {"what": about, "seconds": seconds, "peak_mb": peak}
 
 
 # --- Logs and simulators: against the plain way of doing the same ---
@@ -233,10 +418,8 @@ def bench_host(steps: int = 100_000):
         keys = jax.random.split(jax.random.key(0), num)
         _, state = jax.vmap(reset)(keys)
         action = jax.random.uniform(jax.random.key(1), (length, num, ACT), minval=-1.0)
-        scan = jax.jit(
-            lambda s, a: jax.lax.scan(lambda s, a: (jax.vmap(step)(s, a)[1], None), s, a)[0]
-        )
-        mjx = num * length / seconds(scan, state, action, repeats=2)[0]
+        scan = lambda s, a: jax.lax.scan(lambda s, a: (jax.vmap(step)(s, a)[1], None), s, a)[0]
+        mjx = num * length / measure(scan, state, action, repeats=2).seconds
         yield "halfcheetah through MJX, 16 copies", mjx, "C MuJoCo, as collected above", mjx / ours
 
     entry = data.resolve("pendulum-random")
@@ -306,55 +489,115 @@ def once(f) -> float:
     return time.perf_counter() - start
 
 
+# --- Tables ---
+
+COLUMNS = {  # of every table: (head, width, how to write it)
+    "what": ("what", 72, "{:<72}"),
+    "seeds": ("seeds", 5, "{:>5}"),
+    "ms": ("ms", 9, "{:>9.3g}"),
+    "seconds": ("seconds", 7, "{:>7.1f}"),
+    "steps_per_s": ("steps/s", 10, "{:>10,.0f}"),
+    "of_matmul": ("of matmul", 9, "{:>9.0%}"),
+    "plain": ("the plain way", 51, "{:<51}"),
+    "against": ("against", 28, "{:<28}"),
+    "plain_ms": ("its ms", 9, "{:>9.3g}"),
+    "ratio": ("ratio", 6, "{:>6.2f}"),
+    "compile_s": ("compile, s", 10, "{:>10.1f}"),
+    "memory_mb": ("MB", 6, "{:>6.0f}"),
+    "peak_mb": ("peak MB", 7, "{:>7.0f}"),
+}
+
+
+def show(rows: Iterator[dict]) -> list[dict]:
+    """Print rows as they come -> all of them."""
+    kept = []
+    for row in rows:
+        if not kept:
+            print("\n| " + " | ".join(f"{COLUMNS[k][0]:<{COLUMNS[k][1]}}" for k in row) + " |")
+            print("|" + "|".join("-" * (COLUMNS[k][1] + 2) for k in row) + "|")
+        print("| " + " | ".join(COLUMNS[k][2].format(v) for k, v in row.items()) + " |", flush=True)
+        kept.append(row)
+    return kept
+
+
+def draw(path: Path, report: dict[str, Any]) -> None:
+    """A bar for each part's share of the matmul rate, each plain way's ratio and each number of
+    seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = []
+    for row in report.get("parts", []):
+        bars.append((row["what"], row["of_matmul"], "C0", "share of matmul rate"))
+    for row in report.get("plain", []):
+        bars.append((f"{row['what']} / {row['plain']}", row["ratio"], "C1", "times as fast"))
+    for row in report.get("seeds", []):
+        what = f"{row['what']}, {row['seeds']} seeds"
+        bars.append((what, row["ratio"], "C2", "time per seed, in that of one alone"))
+    groups = list(dict.fromkeys(b[3] for b in bars))
+    counts = [sum(b[3] == g for b in bars) for g in groups]
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(9, 1 + 0.22 * len(bars)), layout="constrained",
+        height_ratios=counts, squeeze=False,
+    )  # fmt: skip
+    for ax, group in zip(axes[:, 0], groups):
+        own = [b for b in bars if b[3] == group]
+        ax.barh([b[0] for b in own], [b[1] for b in own], color=own[0][2])
+        ax.invert_yaxis()
+        ax.tick_params(labelsize=7)
+        ax.axvline(1.0, color="black", lw=0.5)
+        ax.set(xlabel=group, xscale="log" if group == "times as fast" else "linear")
+    figure.suptitle(report["device"], fontsize=10)
+    with runs.atomic_file(path) as f:
+        figure.savefig(f, dpi=110, format="png")
+    plt.close(figure)
+
+
+TABLES = ("parts", "seeds", "plain", "runs", "host")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["device", "host"], help="one of the two tables")
-    parser.add_argument("--features", type=int, nargs="*", default=[64, 96, 128])
-    parser.add_argument("--json", help="write the table here too")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES)
+    parser.add_argument("--features", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--json", help="write the tables here too")
+    parser.add_argument("--figure", help="and a bar chart here")
     args = parser.parse_args()
-    report = {}
-    if args.only != "host":
-        report |= device_table(args.features)
-    if args.only != "device":
-        report |= host_table()
+    rate, device = matmul_rate(), jax.devices()[0].device_kind
+    print(f"{device}: matmul {rate / 1e9:.0f} GFLOP/s", flush=True)
+    report = {"device": device, "matmul_gflops": rate / 1e9}
+    dataset = None
+    if {"parts", "seeds", "plain"} & set(args.only):
+        dataset = random_dataset(pgd.Config())
+    if "parts" in args.only:
+        report["parts"] = show(parts(args.features, dataset, rate))
+    if "seeds" in args.only:
+        report["seeds"] = show(bench_seeds(sorted(args.seeds), dataset))
+    if "plain" in args.only:
+        report["plain"] = show(bench_plain(dataset))
+    if "runs" in args.only:
+        report["runs"] = show(bench_runs())
+    if "host" in args.only:
+        names = ("what", "steps_per_s", "against", "ratio")
+        report["host"] = show(dict(zip(names, row)) for row in bench_host())
     if args.json:
         runs.write_json(Path(args.json), report | {"versions": runs.versions()})
+    if args.figure:
+        draw(Path(args.figure), report)
+    for path in filter(None, (args.json, args.figure)):
+        print(f"saved: {path}")
 
 
-def host_table() -> dict:
-    print(f"\n| {'what':<75} | {'steps/s':>10} | {'against':<28} | ratio |")
-    print(f"|{'-' * 77}|{'-' * 12}|{'-' * 30}|{'-' * 7}|")
-    rows = []
-    for what, per_s, against, ratio in bench_host():
-        rows.append({"what": what, "steps_per_s": per_s, "against": against, "ratio": ratio})
-        print(f"| {what:<75} | {per_s:>10,.0f} | {against:<28} | {ratio:>5.1f} |", flush=True)
-    return {"host": rows}
-
-
-def device_table(features: list[int]) -> dict:
-    rate = matmul_rate()
-    device = jax.devices()[0].device_kind
-    print(f"{device}: matmul {rate / 1e9:.0f} GFLOP/s\n", file=sys.stderr)
-    print(f"| {'what':<75} | {'ms':>8} | {'per s':>7} | first call, s | of matmul |")
-    print(f"|{'-' * 77}|{'-' * 10}|{'-' * 9}|{'-' * 15}|{'-' * 11}|")
-    dataset, rows = random_dataset(pgd.Config()), []
-
-    def show(row):
-        name, time_, first, ratio = row
-        rows.append({"what": name, "ms": time_ * 1e3, "first_call_s": first, "of_matmul": ratio})
-        numbers = f"{time_ * 1e3:>8.2f} | {1 / time_:>7.0f} | {first:>13.1f} | {ratio:>8.0%} "
-        print(f"| {name:<75} | {numbers} |", flush=True)
-
-    for row in bench_agents(dataset, rate):
-        show(row)
-    for row in bench_world_model(dataset, rate):
-        show(row)
+def parts(features: list[int], dataset: pgd.Dataset, rate: float) -> Iterator[dict]:
+    yield from bench_agents(dataset, rate)
+    yield from bench_world_model(dataset, rate)
     for num in features:
-        for row in bench_denoiser(num, dataset, rate):
-            show(row)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"\npeak resident memory with a log of {LOG_SIZE:,} steps: {peak:.0f} MB")
-    return {"device": device, "matmul_gflops": rate / 1e9, "peak_mb": peak, "rows": rows}
+        yield from bench_denoiser(num, dataset, rate)
 
 
 if __name__ == "__main__":

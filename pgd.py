@@ -4,6 +4,7 @@
     python pgd.py --env halfcheetah-medium                  # the headline run
     python pgd.py --env halfcheetah-medium --preset laptop  # the same on two CPU cores
     python pgd.py --dataset-path FILE.hdf5                  # your own log, in D4RL's layout
+    python pgd.py --num-seeds 8 --sweep guidance 0 0.25 1   # seeds and a sweep, on every device
     python pgd.py --help                                    # every setting
 
 A diffusion model of whole sub-trajectories learns a fixed log; while it samples, the current policy
@@ -1051,6 +1052,8 @@ def check_config(c: Config) -> None:
         "--export needs --synthetic diffusion or world-model": not c.export
         or c.synthetic != "none",
         "--export takes no --sweep: export one setting at a time": not (c.export and c.sweep),
+        "--export is for one host: export a finished run's seeds there": not c.export
+        or not c.distributed,
         "--coordinator, --num-hosts and --host need --distributed": c.distributed
         or (c.coordinator, c.num_hosts, c.host) == (None, None, None),
         "--devices must be at least 0": c.devices >= 0,
@@ -1281,12 +1284,8 @@ def check_memory(
     devices.check_memory(fixed, per_run, num_runs, mesh)
 
 
-def run(config: Config) -> dict:
-    """One whole run on the host: load, fit, rounds, run folder -> the content of final.json.
-
-    Raises UserError, or an error of data, devices, envs or runs in one line, for a user's mistake.
-    """
-    import devices
+def train_or_resume(config: Config):
+    """Load, fit, rounds, export -> (config, session, run folder, held-out metrics, exported)."""
     import runs
 
     start, folder, fingerprint = time.monotonic(), None, None
@@ -1318,41 +1317,55 @@ def run(config: Config) -> dict:
             print("note: sized for a GPU; on this CPU, --preset laptop", file=sys.stderr)
 
     gen_state, state = (run_fused if config.fused else run_chunks)(config, session, folder)
-    held_out = jax.jit(session.trainer.generator.validate)(session.runs, gen_state, session.dataset)
+    validate = jax.jit(session.trainer.generator.validate)
+    held_out = validate(session.runs, gen_state, session.dataset)
     held_out = {name: float(np.mean(value)) for name, value in held_out.items()}
     written = export(config, session, gen_state, state) if config.export else []
-    final = folder.summary(config, session.task) | held_out
-    if not config.distributed:
-        folder.finish(final)
-    else:
-        every = devices.gather({"history": folder.history, "seconds": folder.seconds})
-        host = jax.process_index()
-        final = folder.finish_with_others(config, session.task, every, host, held_out)
+    return config, session, folder, held_out, written
+
+
+def run(config: Config) -> dict:
+    """One whole run on the host: load, fit, rounds, run folder -> the content of final.json.
+
+    Raises UserError, or an error of data, devices, envs or runs in one line, for a user's mistake.
+    """
+    config, session, folder, held_out, written = train_or_resume(config)
+    final = folder.finish(folder.summary(config, session.task) | held_out)
     for target in written:
         print(f"exported: {target}")
     return final
 
 
-def run_on_host(config: Config) -> None:
-    """This host's share of a run that several share: of the seeds, in OUT/hostI. All hosts stop
-    where one cannot go on."""
+def run_on_host(config: Config) -> dict:
+    """This host's share of the seeds, in OUT/host0, OUT/host1, ...; host 0 puts the results of all
+    into OUT. If one host fails, all stop."""
     import devices
     import runs
 
     devices.start_hosts(config.coordinator, config.num_hosts, config.host)
     num, host = jax.process_count(), jax.process_index()
-    share, rest = divmod(config.num_seeds, num)
-    if rest and not config.resume:
-        raise UserError(f"--num-seeds {config.num_seeds} does not divide over {num} hosts")
     out = devices.gather(config.resume or config.out or str(runs.default_folder(config)))[0]
     own = f"{out}/host{host}"
+    share, rest = divmod(config.num_seeds, num)
     if config.resume:
         config = dataclasses.replace(config, resume=own)
+    elif rest:
+        raise UserError(f"--num-seeds {config.num_seeds} does not divide over {num} hosts")
     else:
-        config = dataclasses.replace(
-            config, seed=config.seed + host * share, num_seeds=share, out=own
-        )
-    run(config)
+        seed = config.seed + host * share
+        config = dataclasses.replace(config, seed=seed, num_seeds=share, out=own)
+    try:
+        if not config.resume and host == 0:
+            runs.refuse_existing(out)
+        config, session, folder, held_out, _ = train_or_resume(config)
+    except Exception as e:
+        devices.gather({"error": str(e)})
+        raise
+    every = devices.gather({"history": folder.history, "seconds": folder.seconds})
+    for i, said in enumerate(every):
+        if "error" in said:
+            raise UserError(f"host {i} stopped: {said['error']}")
+    return folder.finish_with_others(config, session.task, every, host, held_out)
 
 
 def run_fused(config: Config, session: Session, folder):

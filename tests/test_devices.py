@@ -197,6 +197,19 @@ def test_two_hosts_share_the_seeds_and_host_0_has_the_table(tmp_path):
         assert own["seeds"] == [5 + i, 5 + i]
 
 
+def test_a_host_that_fails_stops_the_others(tmp_path):
+    """The second host's folder is taken."""
+    both = tmp_path / "two"
+    (both / "host1" / "checkpoint").mkdir(parents=True)
+    where = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--num-hosts", "2"]
+    argv = [*TINY, "--num-seeds", "2", *where, "--out", str(both)]
+    hosts = [run_cli(*argv, "--host", str(i)) for i in range(2)]
+    said = [h.communicate(timeout=600)[1] for h in hosts]
+    assert [h.returncode for h in hosts] == [2, 2], said
+    assert "already holds a run" in said[1] and "host 1 stopped" in said[0]
+    assert not (both / "final.json").exists()
+
+
 def test_hosts_that_cannot_start_say_so_in_one_line(tmp_path):
     for argv, said in [
         (["--host", "1"], "need --distributed"),

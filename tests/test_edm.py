@@ -131,22 +131,84 @@ def test_sampler_calls_the_denoiser_2n_minus_1_times_and_never_at_zero():
     assert len(calls) == 15 and min(calls) > 0
 
 
-def test_guide_sees_every_noise_level_once_and_moves_the_sample():
-    seen = []
+@pytest.mark.parametrize("sampler", [pgd.sample_heun, pgd.sample_sde])
+def test_guide_sees_every_noise_level_once_and_moves_the_sample(sampler):
+    seen, options = [], {} if sampler is pgd.sample_heun else {"eta": 0.0}
 
     def guide(x, denoised, sigma, step):
         jax.debug.callback(lambda s, n: seen.append((int(n), float(s))), sigma, step)
         return jnp.where(step == 7, x + 3.0, x)  # at the last step, so that it can be read off
 
-    sigmas = pgd.noise_levels(pgd.Config(sample_steps=8))
-    plain = pgd.sample_heun(jax.random.key(0), gaussian_denoiser, (4, 4, 1), sigmas)
-    moved = pgd.sample_heun(jax.random.key(0), gaussian_denoiser, (4, 4, 1), sigmas, guide)
+    sigmas, key, shape = pgd.noise_levels(pgd.Config(sample_steps=8)), jax.random.key(0), (4, 4, 1)
+    plain = sampler(key, gaussian_denoiser, shape, sigmas, **options)
+    moved = sampler(key, gaussian_denoiser, shape, sigmas, guide, **options)
     jax.effects_barrier()
     assert [n for n, _ in sorted(seen)] == list(range(8))
     np.testing.assert_allclose([s for _, s in sorted(seen)], sigmas[:-1], rtol=1e-6)
     last = float(sigmas[7])
     expected = plain + 3.0 * S**2 / (S**2 + last**2)
     np.testing.assert_allclose(moved, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", [pgd.sample_heun, pgd.sample_sde])
+def test_guide_is_given_the_last_denoised_estimate(sampler):
+    """And in pure noise, before there is one, the mean."""
+    made, given = [], []
+
+    def denoiser(x, sigma):
+        y = gaussian_denoiser(x, sigma)
+        jax.debug.callback(lambda y: made.append(float(y)), y.sum(), ordered=True)
+        return y
+
+    def guide(x, denoised, sigma, step):
+        jax.debug.callback(lambda y: given.append(float(y)), denoised.sum(), ordered=True)
+        return x
+
+    sigmas = pgd.noise_levels(pgd.Config(sample_steps=5))
+    jax.block_until_ready(sampler(jax.random.key(0), denoiser, (2, 4, 1), sigmas, guide))
+    jax.effects_barrier()
+    calls = 2 if sampler is pgd.sample_heun else 1
+    assert given[0] == 0.0
+    np.testing.assert_allclose(given[1:], made[calls - 1 :: calls][:4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("order, at_least", [(1, 1.7), (2, 3.0)])
+def test_deterministic_exponential_integrator_converges_at_its_order(order, at_least):
+    """To the exact solution of the probability-flow ODE of a Gaussian."""
+    key, shape, error = jax.random.key(3), (64, 4, 2), []
+    for num in (32, 64, 128):
+        sigmas = pgd.noise_levels(pgd.Config(sample_steps=num, sigma_min=0.002))
+        x = pgd.sample_sde(key, gaussian_denoiser, shape, sigmas, eta=0.0, order=order)
+        start = sigmas[0] * jax.random.normal(jax.random.fold_in(key, 0), shape)
+        exact = MU + (start - MU) * S / np.sqrt(S**2 + float(sigmas[0]) ** 2)
+        error.append(float(np.abs(x - exact).max()))
+    assert error[0] / error[1] > at_least and error[1] / error[2] > at_least
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0, 8.0])
+def test_stochastic_exponential_integrator_has_the_moments_of_a_gaussian(eta):
+    sigmas = pgd.noise_levels(pgd.Config(sample_steps=128, sigma_min=0.002, sigma_max=80.0))
+    shape = (20_000, 1, 1)
+    sampler = jax.jit(lambda k: pgd.sample_sde(k, gaussian_denoiser, shape, sigmas, eta=eta))
+    x = np.asarray(sampler(jax.random.key(0)))
+    assert x.mean() == pytest.approx(MU, abs=0.02)
+    assert x.std() == pytest.approx(S, rel=0.03)
+    start = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), shape))
+    memory = np.corrcoef(x.ravel(), start.ravel())[0, 1]
+    assert memory > 0.999 if eta == 0 else memory < 0.5  # of the noise that it set out from
+
+
+def test_exponential_integrator_calls_the_denoiser_n_times_and_never_at_zero():
+    calls = []
+
+    def denoiser(x, sigma):
+        jax.debug.callback(lambda s: calls.append(float(s)), sigma)
+        return x / (1 + sigma**2)
+
+    sigmas = pgd.noise_levels(pgd.Config(sample_steps=8))
+    jax.block_until_ready(pgd.sample_sde(jax.random.key(0), denoiser, (2, 4, 1), sigmas))
+    jax.effects_barrier()
+    np.testing.assert_allclose(sorted(calls), sorted(sigmas[:-1]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("levels", [1, 3])
