@@ -89,7 +89,7 @@ class Config:
 
     # --- Sampler ---
     sampler: Literal["sde", "heun"] = "sde"  # heun is EDM Algorithm 2, with two calls a level
-    sample_steps: int = 32  # N, noise levels
+    sample_steps: int = 64  # N, noise levels
     sigma_min: float = 0.01  # last noise level before 0
     sigma_max: float = 20.0  # first noise level
     rho: float = 7.0  # curvature of the schedule
@@ -103,7 +103,7 @@ class Config:
     # --- Guidance (PGD section 4) ---
     guidance: float = 1.0  # lambda; 0 is unguided diffusion
     guidance_sine: float = 0.3  # c, height of the sine in the schedule of lambda
-    guidance_every: int = 1  # push at every so many levels, and so much further
+    guidance_every: int = 2  # push at every so many levels, and so much further
     guidance_normalise: bool = True  # scale each trajectory's gradient to unit length
     guidance_denoised: bool = True  # gradient at the last D(x; sigma) rather than at x
 
@@ -150,8 +150,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "paper": dict(
         features=1_024, levels=3, blocks=1, stride=8, fit_steps=1_000_000, fit_batch=32,
-        sampler="heun", sample_steps=256, sigma_min=0.002, sigma_max=80.0, rounds=100,
-        updates=10_000, trajectories=8_192, sample_batch=256,
+        sampler="heun", sample_steps=256, sigma_min=0.002, sigma_max=80.0, guidance_every=1,
+        rounds=100, updates=10_000, trajectories=8_192, sample_batch=256,
     ),
 }  # fmt: skip
 

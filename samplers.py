@@ -29,8 +29,8 @@ import envs
 import pgd
 import runs
 
-HEUN = dict(sampler="heun", sigma_max=80.0, sigma_min=0.002)
-SDE = dict(sampler="sde", sigma_max=20.0, sigma_min=0.01)
+HEUN = dict(sampler="heun", sigma_max=80.0, sigma_min=0.002, guidance_every=1)
+SDE = dict(sampler="sde", sigma_max=20.0, sigma_min=0.01, guidance_every=1)
 FAMILIES = {  # name: (settings, levels)
     "stochastic Heun": (HEUN, (256, 128, 64, 32, 16)),
     "deterministic Heun": (HEUN | dict(s_churn=0.0), (128, 32, 16)),
@@ -179,8 +179,9 @@ def draw(path: Path, rows: list[dict], weights: Sequence[float], title: str) -> 
         for ax, what in zip(axes[0], MEASURES):
             weight = weights[-1] if what == "log_prob_target" else 0.0
             ax.plot(xs, [summary(rows, what, name, n, weight) for n in many], **style)
-        best = 32 if 32 in many else many[0]
-        for levels in {best, 256} & set(many):
+        for levels in (64, 256):
+            if levels not in many:
+                continue
             points = [[summary(rows, what, name, levels, w) for w in weights]
                       for what in ("log_prob_target", "error")]  # fmt: skip
             label = f"{name}, {levels}"
@@ -193,6 +194,8 @@ def draw(path: Path, rows: list[dict], weights: Sequence[float], title: str) -> 
             ax.axhline(summary(rows, what, "the log", 0, 0.0), color="black", ls=":", lw=1)
         guided = f", guidance {weight:g}" if weight else ", unguided"
         ax.set(xscale="log", xlabel="denoiser calls", title=label + guided)
+        ax.set_xticks([16, 32, 64, 128, 256, 512], ["16", "32", "64", "128", "256", "512"])
+        ax.minorticks_off()
         ax.title.set_size(8)
     axes[0, 0].set(yscale="log")
     axes[0, -1].set(

@@ -10,7 +10,8 @@ from conftest import toy_log
 
 import pgd
 
-CONFIG = pgd.Config(horizon=8, fit_batch=8, batch_size=8, guidance_denoised=False, sample_steps=16)
+CONFIG = pgd.Config(horizon=8, fit_batch=8, batch_size=8, guidance_denoised=False, sample_steps=16,
+                    guidance_every=1)  # fmt: skip
 RATE = 256 / 16  # a push at one of 16 levels stands for those of 16 of the paper's 256
 W = jnp.array([[0.5, -0.2], [0.1, 0.4], [-0.3, 0.2]])  # a linear policy: mean action obs @ W
 
@@ -55,6 +56,13 @@ def test_normalised_push_has_length_lambda_n_for_each_trajectory():
         norm = np.sqrt((g**2).sum((1, 2), keepdims=True))
         np.testing.assert_allclose(moved[..., 3:5], lambda_n * g / norm, atol=2e-4)
         np.testing.assert_allclose(np.sqrt((moved**2).sum((1, 2))), lambda_n, rtol=1e-4)
+
+
+def test_pushing_at_every_other_level_goes_twice_as_far():
+    every = {n: dataclasses.replace(CONFIG, guidance_every=n) for n in (1, 2)}
+    for step in (2, 6):
+        np.testing.assert_allclose(push(every[2], step)[0], 2 * push(every[1], step)[0], rtol=1e-5)
+    assert np.all(push(every[2], 3)[0] == 0) and np.any(push(every[1], 3)[0] != 0)
 
 
 def test_no_push_at_the_last_step_nor_at_zero_weight():
