@@ -1236,19 +1236,18 @@ def build(config: Config) -> Session:
         if stage in progress:
             progress[stage].update()
 
-    def make(config):
+    def make(config, batch_axis="batch" if mesh.shape["batch"] > 1 else None):
         makers = {
-            "diffusion": functools.partial(
-                make_diffusion, batch_axis="batch" if mesh.shape["batch"] > 1 else None
-            ),
+            "diffusion": functools.partial(make_diffusion, batch_axis=batch_axis),
             "world-model": world_model.make_world_model,
             "none": make_resampler,
         }
         generator = makers[config.synthetic](config, *dims)
-        return make_train(config, agent, generator, *dims, evaluate, config.fused and report)
+        told = report if config.fused else None
+        return make_train(config, agent, generator, *dims, evaluate, told)
 
     runs, fits = make_runs(config, points), fit_axes(config, list(points[0]))
-    check_memory(config, make(config), dataset, len(points), fits, mesh)
+    check_memory(config, make(config, None), dataset, len(points), fits, mesh)
     runs = devices.put(runs, mesh)
     dataset = devices.put(dataset, mesh)
     trainer = spread(make, config, mesh, len(points), fits)

@@ -330,7 +330,7 @@ config = pgd.Config(horizon=8, features=16, blocks=1, fit_steps=200, fit_batch=3
 dataset = pgd.make_dataset(log, config)
 generator = pgd.make_diffusion(config, dataset.obs_dim, dataset.act_dim)
 trainer = pgd.make_train(config, agent, generator, dataset.obs_dim, dataset.act_dim)
-_, state, metrics, _ = jax.jit(trainer.train)(jax.random.key(0), dataset)
+_, state, metrics = jax.jit(trainer.train)(jax.random.key(0), dataset)
 print(state.buffer.obs.shape, float(metrics["loss"][0]), float(metrics["loss"][-1]))
 assert state.buffer.obs.shape == (2, 512, 3)
 assert metrics["loss"][-1] < 0.8 * metrics["loss"][0]
