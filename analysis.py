@@ -810,8 +810,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("what", nargs="+", metavar="TASK or RUN_DIR", help="or several RUN_DIRs")
     parser.add_argument("--num-seeds", type=int, default=4, help="denoisers and policies of each")
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0, 4.0])
-    parser.add_argument("--shown", type=float, default=1.0, help="weight in tables and figures")
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.125, 0.25, 0.5, 1.0])
+    parser.add_argument("--shown", type=float, default=0.25, help="weight in tables and figures")
     parser.add_argument("--num", type=int, default=128, help="trajectories per setting and seed")
     parser.add_argument("--updates", type=int, nargs="+", default=[1_000, 5_000],
                         help="stages of TD3+BC and IQL; multiples of 250")  # fmt: skip

@@ -101,7 +101,7 @@ class Config:
     s_noise: float = 1.003  # inflation of the noise added back
 
     # --- Guidance (PGD section 4) ---
-    guidance: float = 1.0  # lambda; 0 is unguided diffusion
+    guidance: float = 0.25  # lambda, per 256 levels; 0 is unguided diffusion
     guidance_sine: float = 0.3  # c, height of the sine in the schedule of lambda
     guidance_every: int = 2  # push at every so many levels, and so much further
     guidance_normalise: bool = True  # scale each trajectory's gradient to unit length
@@ -150,8 +150,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "paper": dict(
         features=1_024, levels=3, blocks=1, stride=8, fit_steps=1_000_000, fit_batch=32,
-        sampler="heun", sample_steps=256, sigma_min=0.002, sigma_max=80.0, guidance_every=1,
-        rounds=100, updates=10_000, trajectories=8_192, sample_batch=256,
+        sampler="heun", sample_steps=256, sigma_min=0.002, sigma_max=80.0, guidance=1.0,
+        guidance_every=1, rounds=100, updates=10_000, trajectories=8_192, sample_batch=256,
     ),
 }  # fmt: skip
 
@@ -1247,7 +1247,8 @@ def build(config: Config) -> Session:
         return make_train(config, agent, generator, *dims, evaluate, told)
 
     runs, fits = make_runs(config, points), fit_axes(config, list(points[0]))
-    check_memory(config, make(config, None), dataset, len(points), fits, mesh)
+    needed = memory_needed(config, make(config, None), dataset, fits)
+    devices.check_memory(*needed, len(points) * config.num_seeds, mesh)
     runs = devices.put(runs, mesh)
     dataset = devices.put(dataset, mesh)
     trainer = spread(make, config, mesh, len(points), fits)
@@ -1259,10 +1260,8 @@ def build(config: Config) -> Session:
     )
 
 
-def check_memory(
-    config: Config, trainer: Trainer, dataset: Dataset, num_points: int, fits, mesh
-) -> None:
-    """devices.DeviceError, before anything has run, where the runs cannot fit.
+def memory_needed(config: Config, trainer: Trainer, dataset: Dataset, fits) -> tuple[int, int]:
+    """-> (bytes once per device, bytes of each run on it), as an estimate.
 
     A run's state is counted twice, as it is replaced by the next; of what is made on the way, the
     activations of the denoiser, which all runs of a device hold at once.
@@ -1272,15 +1271,14 @@ def check_memory(
     key = jax.random.key(0)
     gen_state = jax.eval_shape(trainer.generator.init, key)
     state = jax.eval_shape(trainer.init_rounds, key, gen_state, dataset)
-    num_runs, denoiser = num_points * config.num_seeds, devices.size_of(gen_state)
-    width = 4 * config.features * 2 ** (config.levels - 1) * config.horizon
-    width *= config.kernel + config.expansion + 3
     fixed, per_run = devices.size_of(dataset), 2 * devices.size_of(state)
+    training = 2 * devices.size_of(gen_state)
     if config.synthetic == "diffusion":
+        width = 4 * config.features * 2 ** (config.levels - 1) * config.horizon
+        width *= 2 * (config.kernel + config.expansion + 3)
         per_run += width * config.sample_batch
-        training = 2 * denoiser + 2 * width * config.blocks * config.fit_batch
-        fixed, per_run = (fixed, per_run + training) if fits else (fixed + training, per_run)
-    devices.check_memory(fixed, per_run, num_runs, mesh)
+        training += width * config.blocks * config.fit_batch
+    return (fixed, per_run + training) if fits else (fixed + training, per_run)
 
 
 def train_or_resume(config: Config):

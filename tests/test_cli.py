@@ -177,6 +177,12 @@ def test_a_log_without_a_simulator_reports_losses_and_likelihoods(tmp_path):
         (["--resume", "nowhere", "--seed", "3"], "--resume takes no other flags"),
         (["--resume", "nowhere", "--env=hopper-medium"], "--resume takes no other flags"),
         (["--dataset-path", "toy.hdf5", "--source", "d4rl"], "a file needs none"),
+        (["--dataset-path", "toy.hdf5", "--num-seeds", "1000000"], "would fit"),
+        (["--dataset-path", "toy.hdf5", "--sweep", "horizon", "8"], "not a number to vary"),
+        (["--sweep", "guidance", "0", "1", "--export", "x.npz"], "one setting at a time"),
+        (["--synthetic", "none", "--sweep", "guidance", "0", "1"], "does nothing here"),
+        (["--devices", "99"], "this machine has 1"),
+        (["--num-hosts", "2"], "need --distributed"),
     ],
 )
 def test_mistakes_are_one_clear_line(args, message, tmp_path, toy_file, monkeypatch, capsys):
@@ -194,6 +200,54 @@ def test_mistakes_are_one_clear_line(args, message, tmp_path, toy_file, monkeypa
     assert said.out == "" and message in said.err
     assert said.err.count("\n") == 1 and said.err.startswith("pgd.py: ")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_sweep_killed_half_way_goes_on_to_the_same_table(tmp_path, toy_file):
+    """And in the folder are a row per point and seed, and a figure of the sweep."""
+    argv = ["--dataset-path", toy_file, *TINY, "--num-seeds", 2, "--no-shared-denoiser"]
+    argv += ["--sweep", "guidance", 0, 2, "fit-lr", 1e-3, 1e-2]
+    whole = call(*argv, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    points = json.loads((tmp_path / "whole" / "final.json").read_text())["sweep"]
+    grid = [(0.0, 1e-3), (0.0, 1e-2), (2.0, 1e-3), (2.0, 1e-2)]
+    assert [(p["guidance"], p["fit_lr"]) for p in points] == grid
+    assert all(p["seeds"] == [0, 1] for p in points)
+    assert len({p["log_prob_synthetic"] for p in points}) == 4
+    assert (tmp_path / "whole" / "sweep.png").stat().st_size > 10_000
+    rows = (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
+    assert rows[0].startswith("round,guidance,fit_lr,seed,updates") and len(rows) == 1 + 3 * 4 * 2
+
+    env = os.environ | {"PGD_SAVE_EVERY": "0"}
+    half = subprocess.Popen(
+        pgd_command(*argv, "--out", tmp_path / "half"), env=env, stderr=subprocess.DEVNULL
+    )
+    saved = tmp_path / "half" / "metrics.csv"
+    until = time.monotonic() + 300
+    while not saved.exists() and half.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    half.send_signal(signal.SIGKILL)
+    half.wait()
+    resumed = call("--resume", tmp_path / "half")
+    assert resumed.returncode == 0, resumed.stderr
+    assert finals(tmp_path / "half") == finals(tmp_path / "whole")
+
+
+def test_compiled_programs_are_kept_unless_the_user_says_where(tmp_path, monkeypatch):
+    import jax
+
+    import devices
+
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        devices.enable_cache(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == before["jax_compilation_cache_dir"]
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        devices.enable_cache(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def test_an_unknown_flag_is_refused_with_status_2():

@@ -134,6 +134,33 @@ def test_more_runs_than_memory_say_how_many_would_fit(monkeypatch):
     devices.check_memory(2_000, 1_000, 10**9, mesh)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_estimate_of_memory_is_near_what_the_compiler_reserves(shared):
+    import dataclasses
+
+    from conftest import toy_log
+    from test_train import make_one
+
+    config = pgd.Config(
+        features=64, sample_steps=4, updates=2, trajectories=256, sample_batch=128,
+        shared_denoiser=shared, fit_steps=100, horizon=16,
+    )  # fmt: skip
+    dataset = pgd.make_dataset(toy_log(), config)
+    make, fits, used = make_one(dataset), pgd.fit_axes(config, []), {}
+    _, per_run = pgd.memory_needed(config, make(config), dataset, fits)
+    for seeds in (2, 6):
+        c = dataclasses.replace(config, num_seeds=seeds)
+        trainer = pgd.spread(make, c, devices.make_mesh(1, seeds, 1), 1, fits)
+        all_runs = pgd.make_runs(c)
+        gen = jax.eval_shape(trainer.generator.init, all_runs)
+        state = jax.eval_shape(trainer.init_rounds, all_runs, gen, dataset)
+        program = jax.jit(trainer.round_chunk).lower(all_runs, state, gen, dataset).compile()
+        m = program.memory_analysis()
+        used[seeds] = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes
+    measured = (used[6] - used[2]) / 4
+    assert 0.6 * measured < per_run < 2.0 * measured
+
+
 def test_memory_of_this_machine_is_known():
     here = devices.memory_per_device()
     assert here is None or 1e8 < here < 1e14
