@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import agents
 import data
+import devices
 import envs
 import pgd
 import runs
@@ -78,12 +79,15 @@ WORLD_MODEL = (
 ).split()
 
 
+DECIDED = ("dataset_path", "source", "env", "precision", "devices")  # by the run itself
+
+
 def load_run(run_dir: str, flags: Sequence[str] = ()) -> tuple[pgd.Session, Model, Target | None]:
     """A finished run -> its session, its generator, and its agents if they have learnt."""
     import tyro
 
     folder, config, fingerprint = runs.Run.resume(run_dir, pgd.Config)
-    session = pgd.build(dataclasses.replace(config, export=None))
+    session = pgd.build(dataclasses.replace(config, export=None, devices=1))
     done, state, rounds = pgd.restore(session, folder)
     if config.synthetic == "none":
         raise runs.RunError(f"{run_dir} was trained on the log alone: there is nothing to judge")
@@ -126,7 +130,7 @@ def make_runs(
             for field in dataclasses.fields(config):
                 same = getattr(before, field.name) == getattr(config, field.name)
                 others = synthetic == "diffusion" and field.name in WORLD_MODEL
-                if not same and not others and field.name not in ("dataset_path", "source", "env"):
+                if not same and not others and field.name not in DECIDED:
                     flag = f"--{field.name.replace('_', '-')}"
                     raise runs.RunError(
                         f"{folder} was made with another {flag}; name another --out"
@@ -834,7 +838,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             out = Path(args.out or Path("analysis") / Path(args.what[0].replace(":", "-")).stem)
             run_dirs, flags = make_runs(args.what[0], out, args.num_seeds, flags), []
         analyse(run_dirs, out, args, flags)
-    except (data.DataError, envs.EnvError, runs.RunError, pgd.UserError, OSError) as e:
+    except (
+        data.DataError, devices.DeviceError, envs.EnvError, runs.RunError, pgd.UserError, OSError
+    ) as e:  # fmt: skip
         print(f"analysis.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

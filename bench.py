@@ -39,6 +39,11 @@ OBS, ACT = 17, 6  # halfcheetah
 LOG_SIZE = 1_000_000
 
 
+def configure(**settings) -> pgd.Config:
+    """A config whose precision is the one that pgd.py would run with here."""
+    return pgd.Config(precision=devices.precision("auto"), **settings)
+
+
 class Measured(NamedTuple):
     """One program."""
 
@@ -108,7 +113,7 @@ def guided(diffusion: pgd.Generator, agent):
 
 def bench_denoiser(features: int, dataset: pgd.Dataset, rate: float, steps: int = 40):
     """Rows for a training step in its scan and for a level of each sampler."""
-    config = pgd.Config(
+    config = configure(
         features=features, fit_batch=32, fit_chunk=steps, sample_steps=16, trajectories=32,
         sample_batch=32,
     )  # fmt: skip
@@ -156,9 +161,12 @@ def bench_world_model(dataset: pgd.Dataset, rate: float, steps: int = 200):
     for about, over in [
         ("default sampler", {}),
         ("Heun, 32 levels", dict(sampler="heun", sigma_max=80.0)),
-        ("Heun, the paper's 256", dict(sampler="heun", sigma_max=80.0, sample_steps=256)),
+        (
+            "Heun, the paper's 256",
+            dict(sampler="heun", sigma_max=80.0, sample_steps=256, guidance_every=1),
+        ),
     ]:
-        c = pgd.Config(features=128, trajectories=128, sample_batch=128, **over)
+        c = configure(features=128, trajectories=128, sample_batch=128, **over)
         diffusion = pgd.make_diffusion(c, OBS, ACT)
         state = jax.jit(diffusion.init)(key)
         m = measure(guided(diffusion, agent), key, state, agent_state, dataset, repeats=1)
@@ -209,13 +217,13 @@ def bench_agents(dataset: pgd.Dataset, rate: float, updates: int = 200):
 def bench_seeds(counts: list[int], dataset: pgd.Dataset):
     """Rows for the stages of a run, and the whole, for so many seeds in one program; ratio: time
     over that of as many programs of one seed, one after another."""
-    config = pgd.Config(
+    config = configure(
         fit_batch=16, fit_steps=40, fit_chunk=40, trajectories=32, sample_batch=32, updates=100,
         rounds=2, shared_denoiser=False, agent="td3_bc",
     )  # fmt: skip
     agent, alone = agents.td3_bc(), {}
     num_devices = len(jax.local_devices())
-    for seeds in counts:
+    for seeds in sorted({1, *counts}):
         c = dataclasses.replace(config, num_seeds=seeds)
         mesh = devices.make_mesh(1, seeds, 0 if seeds % num_devices == 0 else 1)
         fits, all_runs = pgd.fit_axes(c, []), pgd.make_runs(c)
@@ -261,7 +269,7 @@ def conv_by_xla(x, w, kernel: int):
 
 def bench_plain(dataset: pgd.Dataset, features: int = 64, steps: int = 20):
     """Rows (what, ms, the plain way, its ms, ratio)."""
-    config = pgd.Config(features=features, fit_batch=16, fit_chunk=steps, fit_steps=1_000)
+    config = configure(features=features, fit_batch=16, fit_chunk=steps, fit_steps=1_000)
     diffusion, key = pgd.make_diffusion(config, OBS, ACT), jax.random.key(0)
     state = jax.jit(diffusion.init)(key)
     ours = measure(diffusion.fit_chunk, key, state, dataset)
@@ -321,14 +329,16 @@ def bench_plain(dataset: pgd.Dataset, features: int = 64, steps: int = 20):
     del windows
 
     seeds, small = 4, dataclasses.replace(config, num_seeds=4, updates=50, rounds=1, fit_chunk=20)
-    small = dataclasses.replace(small, fit_steps=20, trajectories=16, sample_batch=16)
+    small = dataclasses.replace(
+        small, fit_steps=20, trajectories=16, sample_batch=16, shared_denoiser=False
+    )
 
     def make(c):
         return pgd.make_train(c, agent, pgd.make_diffusion(c, OBS, ACT), OBS, ACT)
 
     def first(num):
         c = dataclasses.replace(small, num_seeds=num)
-        trainer = pgd.spread(make, c, devices.make_mesh(1, num, 1))
+        trainer = pgd.spread(make, c, devices.make_mesh(1, num, 1), 1, pgd.fit_axes(c, []))
         jax.clear_caches()
         return once(
             lambda: jax.block_until_ready(jax.jit(trainer.train)(pgd.make_runs(c), dataset))
@@ -343,12 +353,21 @@ def bench_plain(dataset: pgd.Dataset, features: int = 64, steps: int = 20):
 FIRST = {"first loss on the progress bar": "loss ", "first return": "return -"}
 
 
+def peak_mb(pid: int) -> float:
+    """Peak resident memory of a running process; 0 where that cannot be read."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return float(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        return 0.0
+
+
 def start(folder: str, cache: str, *flags: str) -> tuple[dict[str, float], float]:
     """Run pgd.py as in a terminal -> (seconds until each of FIRST and the end, peak MB)."""
     command = [sys.executable, str(data.HERE / "pgd.py"), *flags, "--out", folder]
     ours, theirs = pty.openpty()
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-    begin, seen, text = time.perf_counter(), {}, ""
+    begin, seen, text, peak = time.perf_counter(), {}, "", 0.0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=env)
     os.close(theirs)
     while True:
@@ -356,14 +375,14 @@ def start(folder: str, cache: str, *flags: str) -> tuple[dict[str, float], float
             text = (text + os.read(ours, 4096).decode(errors="replace"))[-2_000:]
         except OSError:  # it has closed its end
             break
+        peak = max(peak, peak_mb(process.pid))
         for name, mark in FIRST.items():
             if mark in text:
                 seen.setdefault(name, time.perf_counter() - begin)
-    _, status, usage = os.wait4(process.pid, 0)
     os.close(ours)
-    if status != 0:
+    if process.wait() != 0:
         raise RuntimeError(f"pgd.py {' '.join(flags)} failed: {text[-500:]}")
-    return seen | {"the end": time.perf_counter() - begin}, usage.ru_maxrss / 1024
+    return seen | {"the end": time.perf_counter() - begin}, peak
 
 
 def bench_runs():
@@ -536,6 +555,8 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     for row in report.get("seeds", []):
         what = f"{row['what']}, {row['seeds']} seeds"
         bars.append((what, row["ratio"], "C2", "time per seed, in that of one alone"))
+    if not bars:
+        return
     groups = list(dict.fromkeys(b[3] for b in bars))
     counts = [sum(b[3] == g for b in bars) for g in groups]
     figure, axes = plt.subplots(
@@ -568,9 +589,13 @@ def main() -> None:
     parser.add_argument("--json", help="write the tables here too")
     parser.add_argument("--figure", help="and a bar chart here")
     args = parser.parse_args()
+    if args.figure and not {"parts", "seeds", "plain"} & set(args.only):
+        parser.error("--figure draws parts, seeds and plain; --only has none of them")
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
     rate, device = matmul_rate(), jax.devices()[0].device_kind
-    print(f"{device}: matmul {rate / 1e9:.0f} GFLOP/s", flush=True)
-    report = {"device": device, "matmul_gflops": rate / 1e9}
+    precision = devices.precision("auto")
+    print(f"{device}: float32 matmul {rate / 1e9:.0f} GFLOP/s; denoiser in {precision}", flush=True)
+    report = {"device": device, "matmul_gflops": rate / 1e9, "precision": precision}
     dataset = None
     if {"parts", "seeds", "plain"} & set(args.only):
         dataset = random_dataset(pgd.Config())

@@ -81,32 +81,44 @@ def size_of(tree: Any) -> int:
     return sum(math.prod(x.shape) * getattr(x.dtype, "itemsize", 8) for x in leaves)
 
 
-def memory_per_device() -> int | None:
-    """Bytes that one device can still give, where that can be known; on a CPU its devices share."""
+def memory_per_device(num_devices: int) -> int | None:
+    """Bytes that each device of this machine can still give, where that can be known; those of a
+    CPU share its memory."""
     device = jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if device.platform != "cpu":
+        return None
     try:
-        lines = dict(x.split(":", 1) for x in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
+        free = fields_of("/proc/meminfo")["MemAvailable"] * 1024
     except (OSError, KeyError, ValueError):
         return None
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, int(text) - used)
-    return free // len(jax.local_devices())
+    try:  # a container's own limit; what its files are cached in can be had back
+        cgroup = Path("/sys/fs/cgroup")
+        limit = int((cgroup / "memory.max").read_text())
+        used, stat = int((cgroup / "memory.current").read_text()), fields_of(cgroup / "memory.stat")
+        free = min(free, limit - used + stat["inactive_file"] + stat["active_file"])
+    except (OSError, KeyError, ValueError):
+        pass
+    return free // num_devices
+
+
+def fields_of(path: str | Path) -> dict[str, int]:
+    """A file of lines "name: number unit" or "name number" -> the numbers."""
+    rows = [line.replace(":", " ").split() for line in Path(path).read_text().splitlines()]
+    return {row[0]: int(row[1]) for row in rows}
 
 
 def check_memory(fixed: int, per_run: int, num_runs: int, mesh) -> None:
     """Raise DeviceError if so many runs cannot fit; fixed: bytes once per device, per_run: each."""
-    here, each = memory_per_device(), num_runs // (mesh.shape["sweep"] * mesh.shape["seed"])
+    groups = mesh.shape["sweep"] * mesh.shape["seed"]
+    here, each = memory_per_device(groups * mesh.shape["batch"]), num_runs // groups
     if here is None or fixed + each * per_run <= here:
         return
-    fits = max(0, (here - fixed) // per_run) * mesh.shape["sweep"] * mesh.shape["seed"]
+    fits = max(0, (here - fixed) // per_run) * groups
     gb = lambda size: f"{size / 1e9:.3g} GB"
-    advice = f"about {fits:,} would fit" if fits else "not one fits: lower --sample-batch"
+    advice = f"about {fits:,} would fit: lower --num-seeds" if fits else "not one fits"
     raise DeviceError(
         f"{num_runs:,} runs (seeds x sweep) need about {gb(fixed + each * per_run)} a device, "
         f"which has {gb(here)}; {advice}"

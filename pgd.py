@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -699,11 +700,11 @@ def make_diffusion(
     def make_denoiser(params):
         return precondition(lambda x, c_noise: unet(params, x, c_noise, config))
 
-    def draw(key, dataset, starts, num):
+    def draw(key, dataset, starts, num, noise=config):
         """-> windows (num, T, D), their noise levels (num,) and noise (num, T, D)."""
         key_window, key_sigma, key_noise = jax.random.split(key, 3)
         x = sample_windows(key_window, dataset, starts, num, config.horizon)
-        sigma = jnp.exp(config.p_mean + config.p_std * jax.random.normal(key_sigma, (num,)))
+        sigma = jnp.exp(noise.p_mean + noise.p_std * jax.random.normal(key_sigma, (num,)))
         return x, sigma, jax.random.normal(key_noise, x.shape)
 
     def loss_fn(params, batch):
@@ -752,8 +753,8 @@ def make_diffusion(
         return trajectories_to_transitions(dataset, x.reshape(-1, *shape[1:]))
 
     def validate(state, dataset):
-        losses = jax.lax.map(  # the same 1,024 held-out windows and noises every time
-            lambda k: loss_fn(state.ema, draw(k, dataset, dataset.val_starts, 128)),
+        losses = jax.lax.map(  # the same 1,024 held-out windows and noises, whatever is trained on
+            lambda k: loss_fn(state.ema, draw(k, dataset, dataset.val_starts, 128, Config)),
             jax.random.split(jax.random.fold_in(jax.random.key(0), 2**31 - 1), 8),
         )
         return {"validation_loss": jnp.mean(losses)}
@@ -1098,6 +1099,8 @@ def sweep_points(config: Config) -> list[dict[str, float]]:
     values: dict[str, list[float]] = {}
     known = {f.name: f.type for f in dataclasses.fields(Config)}
     used = FIT_FIELDS[config.synthetic] + SAMPLE_FIELDS[config.synthetic]
+    idle = ("eta",) if config.sampler == "heun" else ("s_churn", "s_tmin", "s_tmax", "s_noise")
+    used = tuple(name for name in used if name not in idle)
     for word in config.sweep:
         try:
             number = float(word)
@@ -1139,6 +1142,7 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     parser.add_argument("--resume")
     parser.add_argument("--export")
     parser.add_argument("--export-steps", "--export_steps")
+    parser.add_argument("--devices")
     parser.add_argument("--distributed", action="store_true")
     parser.add_argument("--coordinator")
     parser.add_argument("--num-hosts", "--num_hosts")
@@ -1146,15 +1150,18 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     known, others = parser.parse_known_args(argv)
     if known.resume and (others or known.dataset_path or known.env or known.preset):
         raise UserError(
-            "--resume takes no other flags but --export and those of the hosts: a run goes on "
-            "under its own settings"
+            "--resume takes no other flags but --export, --devices and those of the hosts: a run "
+            "goes on under its own settings"
         )
     task = known.env or ("" if known.dataset_path else DEFAULT_ENV)
     preset = known.preset or "default"
     if preset == "default" and not task.startswith(tuple(small_tasks)):
         preset = "default-large"
     start = dataclasses.replace(Config(), **PRESETS.get(preset, {}))
-    return tyro.cli(Config, args=argv, default=start, description=__doc__)
+    config = tyro.cli(Config, args=argv, default=start, description=__doc__)
+    if "--sweep" in argv and not config.sweep:
+        raise UserError("--sweep wants a field and its values: --sweep guidance 0 0.5 1")
+    return config
 
 
 def make_host_evaluate(
@@ -1247,7 +1254,7 @@ def build(config: Config) -> Session:
         return make_train(config, agent, generator, *dims, evaluate, told)
 
     runs, fits = make_runs(config, points), fit_axes(config, list(points[0]))
-    needed = memory_needed(config, make(config, None), dataset, fits)
+    needed = memory_needed(config, make(config, None), dataset, len(points), fits)
     devices.check_memory(*needed, len(points) * config.num_seeds, mesh)
     runs = devices.put(runs, mesh)
     dataset = devices.put(dataset, mesh)
@@ -1260,8 +1267,10 @@ def build(config: Config) -> Session:
     )
 
 
-def memory_needed(config: Config, trainer: Trainer, dataset: Dataset, fits) -> tuple[int, int]:
-    """-> (bytes once per device, bytes of each run on it), as an estimate.
+def memory_needed(
+    config: Config, trainer: Trainer, dataset: Dataset, num_points: int, fits: tuple[str, ...]
+) -> tuple[int, int]:
+    """-> (bytes once per device, bytes of each run on it) beside the log, as an estimate.
 
     A run's state is counted twice, as it is replaced by the next; of what is made on the way, the
     activations of the denoiser, which all runs of a device hold at once.
@@ -1271,14 +1280,14 @@ def memory_needed(config: Config, trainer: Trainer, dataset: Dataset, fits) -> t
     key = jax.random.key(0)
     gen_state = jax.eval_shape(trainer.generator.init, key)
     state = jax.eval_shape(trainer.init_rounds, key, gen_state, dataset)
-    fixed, per_run = devices.size_of(dataset), 2 * devices.size_of(state)
-    training = 2 * devices.size_of(gen_state)
+    per_run, training = 2 * devices.size_of(state), 2 * devices.size_of(gen_state)
     if config.synthetic == "diffusion":
         width = 4 * config.features * 2 ** (config.levels - 1) * config.horizon
         width *= 2 * (config.kernel + config.expansion + 3)
         per_run += width * config.sample_batch
         training += width * config.blocks * config.fit_batch
-    return (fixed, per_run + training) if fits else (fixed + training, per_run)
+    shared_by = np.prod([n for a, n in zip(RUN, (num_points, config.num_seeds)) if a not in fits])
+    return (0, per_run + int(training / shared_by)) if fits else (training, per_run)
 
 
 def train_or_resume(config: Config):
@@ -1290,6 +1299,8 @@ def train_or_resume(config: Config):
         asked = config
         folder, config, fingerprint = runs.Run.resume(config.resume, Config)
         folder.clear()
+        here = ("devices", "distributed", "coordinator", "num_hosts", "host")
+        config = dataclasses.replace(config, **{name: getattr(asked, name) for name in here})
         if asked.export:
             config = dataclasses.replace(
                 config, export=asked.export, export_steps=asked.export_steps
@@ -1316,7 +1327,11 @@ def train_or_resume(config: Config):
     gen_state, state = (run_fused if config.fused else run_chunks)(config, session, folder)
     validate = jax.jit(session.trainer.generator.validate)
     held_out = validate(session.runs, gen_state, session.dataset)
-    held_out = {name: float(np.mean(value)) for name, value in held_out.items()}
+    if "sweep" in session.fits:  # a number for each point, else one for all
+        mean = lambda x: np.float64(x).reshape(len(session.points), -1).mean(1).tolist()
+    else:
+        mean = lambda x: float(np.mean(x))
+    held_out = {name: mean(value) for name, value in held_out.items()}
     written = export(config, session, gen_state, state) if config.export else []
     return config, session, folder, held_out, written
 
@@ -1327,7 +1342,7 @@ def run(config: Config) -> dict:
     Raises UserError, or an error of data, devices, envs or runs in one line, for a user's mistake.
     """
     config, session, folder, held_out, written = train_or_resume(config)
-    final = folder.finish(folder.summary(config, session.task) | held_out)
+    final = folder.finish(folder.summary(config, session.task, held_out))
     for target in written:
         print(f"exported: {target}")
     return final
@@ -1345,6 +1360,9 @@ def run_on_host(config: Config) -> dict:
     own = f"{out}/host{host}"
     share, rest = divmod(config.num_seeds, num)
     if config.resume:
+        before = len(list(pathlib.Path(out).glob("host*")))
+        if host == 0 and before not in (0, num):
+            raise UserError(f"{out} is of {before} hosts, not of {num}")
         config = dataclasses.replace(config, resume=own)
     elif rest:
         raise UserError(f"--num-seeds {config.num_seeds} does not divide over {num} hosts")
@@ -1358,11 +1376,12 @@ def run_on_host(config: Config) -> dict:
     except Exception as e:
         devices.gather({"error": str(e)})
         raise
-    every = devices.gather({"history": folder.history, "seconds": folder.seconds})
+    own = {"history": folder.history, "seconds": folder.seconds, "held_out": held_out}
+    every = devices.gather(own)
     for i, said in enumerate(every):
         if "error" in said:
             raise UserError(f"host {i} stopped: {said['error']}")
-    return folder.finish_with_others(config, session.task, every, host, held_out)
+    return folder.finish_with_others(config, session.task, every, host)
 
 
 def run_fused(config: Config, session: Session, folder):

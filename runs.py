@@ -72,6 +72,8 @@ class Run:
             about = json.loads(path.read_text())
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
             config, fingerprint = make_config(**fields), about["data"]["fingerprint"]
+        if set(fields) != {f.name for f in dataclasses.fields(config)}:  # others have changed too
+            raise RunError(f"{path} is of another version of this program; start the run again")
         return cls(path.parent, config), config, fingerprint
 
     def clear(self) -> None:
@@ -162,9 +164,12 @@ class Run:
         with atomic_file(self.folder / "metrics.csv") as f:
             f.write(text.getvalue().encode())
 
-    def summary(self, config, task) -> dict:
+    def summary(self, config, task, held_out: dict) -> dict:
         """The last round's results as final.json has them; of a sweep, each point's too, and no
-        mean over all."""
+        mean over all.
+
+        held_out: metrics of the generators, one number each, or a list with one per point.
+        """
         last = self.history[-len(self.points) * len(self.seeds) :]
         behaviour_score = (
             None if task.reference is None else float(task.score(task.behaviour_return))
@@ -180,13 +185,16 @@ class Run:
             "guidance": None if "guidance" in self.points[0] else guidance,
             "preset": config.preset,
         }
+        of_all = {k: v for k, v in held_out.items() if not isinstance(v, list)}
+        about |= _results(last) | of_all
         if self.points == [{}]:
-            return about | _results(last)
-        points = [
-            {**point, **_results([row for row in last if point.items() <= row.items()])}
-            for point in self.points
-        ]
-        return about | _results(last) | {"mean": None, "ci95": None, "sweep": points}
+            return about
+        points = []
+        for i, point in enumerate(self.points):
+            own = _results([row for row in last if point.items() <= row.items()])
+            own |= {k: v[i] for k, v in held_out.items() if isinstance(v, list)}
+            points.append(point | own)
+        return about | {"mean": None, "ci95": None, "sweep": points}
 
     def finish(self, final: dict, quiet: bool = False) -> dict:
         """Write final.json and the figures, and print the table -> all of final.json."""
@@ -203,12 +211,12 @@ class Run:
             print(f"\nsaved: {self.folder}/ ({names})")
         return final
 
-    def finish_with_others(self, config, task, hosts: list[dict], host: int, held_out: dict):
+    def finish_with_others(self, config, task, hosts: list[dict], host: int) -> dict:
         """This host's own results into its folder; host 0 puts those of all beside the folders.
 
-        hosts: history and seconds of each, in their order.
+        hosts: history, seconds and held_out of each, in their order.
         """
-        final = self.finish(self.summary(config, task) | held_out, quiet=True)
+        final = self.finish(self.summary(config, task, hosts[host]["held_out"]), quiet=True)
         if host != 0:
             print(f"saved: {self.folder}/; host 0 has the table of all")
             return final
@@ -223,7 +231,9 @@ class Run:
             for stage, seconds in each["seconds"].items():
                 whole.seconds[stage] = max(seconds, whole.seconds.get(stage, 0.0))
         whole.write_metrics()
-        return whole.finish(whole.summary(config, task) | held_out)
+        names, every = hosts[0]["held_out"], [each["held_out"] for each in hosts]
+        held_out = {k: np.mean([each[k] for each in every], axis=0).tolist() for k in names}
+        return whole.finish(whole.summary(config, task, held_out))
 
 
 def _results(rows: list[dict]) -> dict:
@@ -282,12 +292,18 @@ def table(final: dict) -> str:
 def _sweep_lines(points: list[dict]) -> list[str]:
     fields = _fields(points)
     names = [*(["return", "score"] if points[0]["returns"] else []), "log prob synthetic"]
+    names += [
+        k.replace("_", " ") for k in points[0] if k in ("validation_loss", "validation_error")
+    ]
     lines = ["  " + "".join(f"{f:<16}" for f in fields) + "".join(f"{n:>10}  " for n in names)]
     for p in points:
         line = "  " + "".join(f"{p[f]:<16g}" for f in fields)
         if p["returns"]:
             line += f"{np.mean(p['returns']):>10.1f}  {_number(p['mean']):>10}  "
-        lines.append(line + f"{p['log_prob_synthetic']:>18.3f}" + _interval(p))
+        line += f"{p['log_prob_synthetic']:>18.3f}"
+        for name in ("validation_loss", "validation_error"):
+            line += f"  {p[name]:>{len(name)}.4g}" if name in p else ""
+        lines.append(line + _interval(p))
     return lines
 
 

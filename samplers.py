@@ -13,7 +13,6 @@ the actions under the target. Saved: samplers.csv, samplers.png, samplers.md.
 import argparse
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tqdm import tqdm
 import agents
 import analysis
 import data
+import devices
 import envs
 import pgd
 import runs
@@ -51,9 +51,12 @@ def calls(settings: dict, levels: int) -> int:
     return 2 * levels - 1 if settings["sampler"] == "heun" else levels
 
 
-def pairs(steps: np.ndarray) -> np.ndarray:
-    """Trajectories (n, T, D) -> consecutive steps side by side (n * (T - 1), 2 * D)."""
+def pairs(steps: np.ndarray, alive: np.ndarray | None = None) -> np.ndarray:
+    """Trajectories (n, T, D) -> consecutive steps side by side (n * (T - 1), 2 * D); fewer where
+    alive (n, T) says that a trajectory had ended."""
     both = np.concatenate([steps[:, :-1], steps[:, 1:]], axis=-1)
+    if alive is not None:
+        return both[alive[:, 1:]]
     return both.reshape(-1, both.shape[-1])
 
 
@@ -90,7 +93,7 @@ def study(run_dir: str, num: int, num_seeds: int, weights: Sequence[float]) -> l
     held_out = pairs(np.asarray(windows[..., : dataset.obs_dim + dataset.act_dim]))
     rows = []
 
-    def add(about: dict, t, seed: int, seconds: float):
+    def add(about: dict, t, seed: int):
         """Judge transitions (n, L, ...), obs standardised and actions in [-1, 1]."""
         own = lambda states: jax.tree.map(lambda x: x[seed], states)
         mean = np.asarray(dataset.normalizer.mean[: dataset.obs_dim])
@@ -105,14 +108,13 @@ def study(run_dir: str, num: int, num_seeds: int, weights: Sequence[float]) -> l
             about
             | {
                 "seed": seed,
-                "seconds": seconds,
                 "error": np.nanmean(error),
                 "error_median": np.nanmedian(error),
-                "validation": gaussian_likelihood(pairs(steps), held_out),
-                "mean": np.sqrt(np.mean(steps.mean((0, 1)) ** 2)),
-                "std": steps.std((0, 1)).mean(),
-                "log_prob_target": td3.log_prob(own(targets), t.obs, t.action).mean(),
-                "log_prob_clone": bc.log_prob(own(clones), t.obs, t.action).mean(),
+                "validation": gaussian_likelihood(pairs(steps, going), held_out),
+                "mean": np.sqrt(np.mean(steps[going].mean(0) ** 2)),
+                "std": steps[going].std(0).mean(),
+                "log_prob_target": np.mean(td3.log_prob(own(targets), t.obs, t.action)[going]),
+                "log_prob_clone": np.mean(bc.log_prob(own(clones), t.obs, t.action)[going]),
             }
         )
 
@@ -128,7 +130,7 @@ def study(run_dir: str, num: int, num_seeds: int, weights: Sequence[float]) -> l
         obs, action, reward, done = (np.asarray(x) for x in pgd.split_steps(dataset, log))
         cut = lambda x: x[:, :length]
         t = pgd.Transition(cut(obs), cut(action), cut(reward), obs[:, 1:], cut(done))
-        add({"sampler": "the log", "levels": 0, "calls": 0, "weight": 0.0}, t, seed, 0.0)
+        add({"sampler": "the log", "levels": 0, "calls": 0, "weight": 0.0}, t, seed)
     for name, levels, over in settings:
         settings_ = dict(guidance=1.0, trajectories=num, sample_batch=num) | over
         config = dataclasses.replace(model.config, **settings_)
@@ -143,14 +145,12 @@ def study(run_dir: str, num: int, num_seeds: int, weights: Sequence[float]) -> l
             for seed in range(num_seeds):
                 agent_state = jax.tree.map(lambda x, seed=seed: x[seed], targets)
                 args = model.of(seed), agent_state, jnp.float32(weight), dataset
-                start = time.perf_counter()
-                made = jax.block_until_ready(generate(jax.random.key(seed), *args))
-                seconds = time.perf_counter() - start
+                made = generate(jax.random.key(seed), *args)
                 t = jax.tree.map(
                     lambda x: np.asarray(x).reshape(num, length + 1, *x.shape[1:])[:, :length], made
                 )
                 about = {"sampler": name, "levels": levels, "calls": calls(over, levels)}
-                add(about | {"weight": weight}, t, seed, seconds)
+                add(about | {"weight": weight}, t, seed)
                 bar.update()
     bar.close()
     return rows
@@ -257,7 +257,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with runs.atomic_file(out / "samplers.md") as f:
             f.write(text.encode())
         print(f"\n{text}\nsaved: {out}/ (samplers.md, samplers.csv, samplers.png)")
-    except (data.DataError, envs.EnvError, runs.RunError, pgd.UserError, OSError) as e:
+    except (
+        data.DataError, devices.DeviceError, envs.EnvError, runs.RunError, pgd.UserError, OSError
+    ) as e:  # fmt: skip
         print(f"samplers.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -177,6 +177,12 @@ def analysed(tmp_path_factory):
     return out, done.stdout
 
 
+def test_what_was_fitted_is_kept_for_the_same_command(analysed, monkeypatch):
+    monkeypatch.setattr(pgd, "run", lambda config: pytest.fail("fitted again"))
+    folders = analysis.make_runs("pendulum-medium", analysed[0], 2, TOY)
+    assert folders == [str(analysed[0] / "diffusion"), str(analysed[0] / "world-model")]
+
+
 def rows_of(path):
     with open(path) as f:
         return list(csv.DictReader(f))
@@ -270,7 +276,7 @@ def test_where_no_simulator_can_judge_a_model_does_and_says_so(capsys, monkeypat
     monkeypatch.setattr(analysis.pgd, "Config", lambda **kw: dataclasses.replace(config, **kw))
     task = type("Task", (), {"simulator": None, "name": "toy"})
     dataset = pgd.make_dataset(toy_log(episodes=40), pgd.Config(horizon=8))
-    judge = analysis.make_judge(pgd.Session(task, dataset, *[None] * 5))
+    judge = analysis.make_judge(pgd.Session(None, task, dataset, *[None] * 8))
     assert "warning" in capsys.readouterr().err and judge.name == "an independent model"
     s = analysis.real_sample(dataset, 32, 7)
     std = np.asarray(dataset.normalizer.std[:3])

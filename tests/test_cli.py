@@ -182,6 +182,7 @@ def test_a_log_without_a_simulator_reports_losses_and_likelihoods(tmp_path):
         (["--sweep", "guidance", "0", "1", "--export", "x.npz"], "one setting at a time"),
         (["--synthetic", "none", "--sweep", "guidance", "0", "1"], "does nothing here"),
         (["--devices", "99"], "this machine has 1"),
+        (["--sweep"], "wants a field and its values"),
         (["--num-hosts", "2"], "need --distributed"),
     ],
 )
@@ -213,6 +214,8 @@ def test_a_sweep_killed_half_way_goes_on_to_the_same_table(tmp_path, toy_file):
     assert [(p["guidance"], p["fit_lr"]) for p in points] == grid
     assert all(p["seeds"] == [0, 1] for p in points)
     assert len({p["log_prob_synthetic"] for p in points}) == 4
+    assert points[0]["validation_loss"] == points[2]["validation_loss"]  # of the same fit-lr
+    assert points[0]["validation_loss"] != points[1]["validation_loss"]
     assert (tmp_path / "whole" / "sweep.png").stat().st_size > 10_000
     rows = (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
     assert rows[0].startswith("round,guidance,fit_lr,seed,updates") and len(rows) == 1 + 3 * 4 * 2
@@ -227,7 +230,8 @@ def test_a_sweep_killed_half_way_goes_on_to_the_same_table(tmp_path, toy_file):
         time.sleep(0.02)
     half.send_signal(signal.SIGKILL)
     half.wait()
-    resumed = call("--resume", tmp_path / "half")
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
+    resumed = call("--resume", tmp_path / "half", "--devices", 1, env=os.environ | flags)
     assert resumed.returncode == 0, resumed.stderr
     assert finals(tmp_path / "half") == finals(tmp_path / "whole")
 

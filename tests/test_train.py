@@ -149,9 +149,9 @@ def test_what_does_not_touch_the_fit_leaves_one_denoiser_for_all():
 
 
 def test_a_grid_has_every_pair_of_values():
-    config = dataclasses.replace(CONFIG, sweep=("guidance", "0", "1", "s-noise", "1", "1.1"))
-    grid = [(p["guidance"], p["s_noise"]) for p in pgd.sweep_points(config)]
-    assert grid == [(0.0, 1.0), (0.0, 1.1), (1.0, 1.0), (1.0, 1.1)]
+    config = dataclasses.replace(CONFIG, sweep=("guidance", "0", "1", "eta", "1", "4"))
+    grid = [(p["guidance"], p["eta"]) for p in pgd.sweep_points(config)]
+    assert grid == [(0.0, 1.0), (0.0, 4.0), (1.0, 1.0), (1.0, 4.0)]
     assert pgd.sweep_points(CONFIG) == [{}]
 
 
@@ -168,6 +168,7 @@ def test_a_grid_has_every_pair_of_values():
         ("guidance 0 guidance 1", "named twice"),
         ("sigma-min 0.1 30", "--sigma-min must lie between"),
         ("fit-lr 0.1 -1", "--fit-lr must be above 0"),
+        ("s-churn 0 80", "does nothing here"),  # that is Heun's
         ("guidance 0 inf", "must be finite"),
     ],
 )
