@@ -312,6 +312,18 @@ def bench_plain(dataset: pgd.Dataset, features: int = 64, steps: int = 20):
     plain_s = min(once(lambda: agent_loop(agent_state)) for _ in range(3)) / num
     yield row("td3_bc update", ours.seconds / num, "a Python loop round one jitted step", plain_s)
 
+    seeds, run = 4, updates_of(agent, num)
+    many = (
+        jax.random.split(key, seeds),
+        jax.vmap(lambda k: agent.init(k, OBS, ACT))(jax.random.split(key, seeds)),
+    )
+    ours = measure(jax.vmap(run, in_axes=(0, 0, None)), *many, dataset)
+    mapped = lambda keys, states, dataset: jax.lax.map(lambda x: run(*x, dataset), (keys, states))
+    plain = measure(mapped, *many, dataset)
+    in_turn = "one after another in the program (lax.map)"
+    what = f"td3_bc update of {seeds} seeds"
+    yield row(what, ours.seconds / num, in_turn, plain.seconds / num)
+
     ours = measure(lambda key, dataset: pgd.sample_real(key, dataset, 256), key, dataset)
     choose = lambda key, dataset: dataset.transitions(
         jax.random.choice(key, dataset.usable.shape[0], (256,), replace=False)
@@ -329,7 +341,7 @@ def bench_plain(dataset: pgd.Dataset, features: int = 64, steps: int = 20):
               "from a stored copy of windows (25 times the memory)", plain.seconds)  # fmt: skip
     del windows
 
-    seeds, small = 4, dataclasses.replace(config, num_seeds=4, updates=50, rounds=1, fit_chunk=20)
+    small = dataclasses.replace(config, num_seeds=seeds, updates=50, rounds=1, fit_chunk=20)
     small = dataclasses.replace(
         small, fit_steps=20, trajectories=16, sample_batch=16, shared_denoiser=False
     )
