@@ -163,7 +163,7 @@ TOY = (
     "--fit-steps 200 --fit-chunk 100 --features 16 --blocks 1 --sample-steps 6 --horizon 8 "
     "--model-steps 200 --model-chunk 100 --model-hidden 16 --model-layers 2"
 ).split()
-FEW = "--num-seeds 2 --num 16 --updates 250 --weights 0 0.25 1".split()
+FEW = "--num-seeds 2 --num 16 --updates 250 --weights 0 0.02 0.05".split()
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_guidance_makes_actions_likelier_under_the_target(analysed):
         and (x["target"], x["seed"]) == (r["target"], r["seed"])
     ][0]  # fmt: skip
     for r in rows[1:]:
-        assert pick(r, 1.0) > pick(r, 0.0)
+        assert pick(r, 0.05) > pick(r, 0.0)
 
 
 def test_finished_runs_are_judged_again_with_another_sampler(analysed, tmp_path, capsys):
