@@ -383,7 +383,7 @@ rng = np.random.default_rng(0)
 obs = rng.normal(size=(2000, 3))
 log = dict(observations=obs, actions=np.tanh(obs[:, :2]), rewards=obs[:, 0],
            terminals=np.zeros(2000, bool), timeouts=np.arange(2000) % 50 == 49)
-config = pgd.Config(horizon=8, features=16, blocks=1, fit_steps=200, fit_batch=32, sample_steps=8,
+config = pgd.Config(horizon=8, features=16, blocks=1, fit_steps=200, fit_batch=32, sample_steps=16,
                     rounds=3, updates=50, batch_size=32, trajectories=64, sample_batch=64)
 dataset = pgd.make_dataset(log, config)
 generator = pgd.make_diffusion(config, dataset.obs_dim, dataset.act_dim)

@@ -725,7 +725,7 @@ def test_an_exported_file_trains_the_same_as_the_arrays_it_came_from(exported):
         dataset = pgd.make_dataset(log, config, -2.0, 2.0)
         trainer = pgd.make_train(config, agents.td3_bc(hidden=(16,)),
                                  pgd.make_resampler(config, 3, 1), 3, 1)  # fmt: skip
-        _, state, metrics, _ = jax.jit(trainer.train)(jax.random.key(0), dataset)
+        _, state, metrics = jax.jit(trainer.train)(jax.random.key(0), dataset)
         results.append((state.agent, metrics))
     jax.tree.map(np.testing.assert_array_equal, *results)
 
