@@ -17,6 +17,7 @@ import pty
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -379,6 +380,7 @@ def start(folder: str, cache: str, *flags: str) -> tuple[dict[str, float], float
     """Run pgd.py as in a terminal -> (seconds until each of FIRST and the end, peak MB)."""
     command = [sys.executable, str(data.HERE / "pgd.py"), *flags, "--out", folder]
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))  # else it has no columns, and bars stay empty
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
     begin, seen, text, peak = time.perf_counter(), {}, "", 0.0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=env)
