@@ -1,15 +1,22 @@
 """Offline reinforcement-learning algorithms, each an Agent: a NamedTuple of pure functions.
 
-    agent = make_agent("td3_bc")
+    python agents.py                    # every algorithm's hyperparameters, and where they are from
+    python agents.py rebrac             # of one
+
+    agent = td3_bc(alpha=1.0)           # or make_agent("td3_bc", alpha=1.0)
     state = agent.init(key, obs_dim, act_dim)
     state, metrics = agent.update(key, state, batch)
 
 Everything is written for one seed; vmap adds the seed axis. Observations arrive standardised and
 actions scaled to [-1, 1]. A batch is any object with fields obs (B, O), action (B, A), reward (B,),
-next_obs (B, O) and done (B,), done being 1 only at a true terminal.
+next_obs (B, O) and done (B,), done being 1 only at a true terminal; rebrac also wants next_action
+(B, A), NaN where it is not known.
 """
 
 import inspect
+import math
+import re
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,10 +56,12 @@ def init_mlp(key: chex.PRNGKey, sizes: tuple[int, ...]) -> list[tuple[chex.Array
     return layers
 
 
-def mlp(layers: list, x: chex.Array) -> chex.Array:
-    """x (..., I) -> (..., O), with a ReLU between layers."""
+def mlp(layers: list, x: chex.Array, layer_norm: bool = False) -> chex.Array:
+    """x (..., I) -> (..., O), with a ReLU between layers, and after it perhaps a layer norm, whose
+    scale and shift are the next layer's."""
     for w, b in layers[:-1]:
         x = jax.nn.relu(x @ w + b)
+        x = jax.nn.standardize(x) if layer_norm else x
     w, b = layers[-1]
     return x @ w + b
 
@@ -63,19 +72,30 @@ def init_critics(key, num: int, obs_dim: int, act_dim: int, hidden: tuple[int, .
     return jax.vmap(lambda k: init_mlp(k, sizes))(jax.random.split(key, num))
 
 
-def critics(params, obs: chex.Array, action: chex.Array) -> chex.Array:
+def critics(params, obs: chex.Array, action: chex.Array, layer_norm: bool = False) -> chex.Array:
     """obs (..., O), action (..., A) -> Q values (num, ...)."""
     x = jnp.concatenate([obs, action], axis=-1)
-    return jax.vmap(mlp, in_axes=(0, None))(params, x)[..., 0]
+    return jax.vmap(lambda layers: mlp(layers, x, layer_norm))(params)[..., 0]
 
 
-def gaussian_log_prob(x: chex.Array, mean: chex.Array, log_std: chex.Array) -> chex.Array:
-    """x, mean (..., A) -> (...): log density of a diagonal Gaussian."""
-    z = (x - mean) * jnp.exp(-log_std)
-    return jnp.sum(-0.5 * z**2 - log_std - 0.5 * jnp.log(2 * jnp.pi), axis=-1)
+def min_q(params, obs: chex.Array, action: chex.Array, layer_norm: bool = False) -> chex.Array:
+    """obs (..., O), action (..., A) -> the least of the ensemble's Q values (...)."""
+    return jnp.min(critics(params, obs, action, layer_norm), axis=0)
 
 
-# --- Optimisation ---
+# --- Losses and optimisation ---
+
+
+def bellman_target(batch, gamma, next_v: chex.Array) -> chex.Array:
+    """Value of the next state (B,) -> r + gamma V(s'), r alone at a terminal (B,)."""
+    return batch.reward + gamma * (1.0 - batch.done) * next_v
+
+
+def bellman_loss(critic, target: chex.Array, batch, layer_norm: bool = False):
+    """Targets (B,) -> squared errors, their mean over the batch and sum over the ensemble."""
+    q = critics(critic, batch.obs, batch.action, layer_norm)
+    loss = jnp.sum(jnp.mean((q - target) ** 2, axis=-1))
+    return loss, {"critic_loss": loss, "q": jnp.mean(q)}
 
 
 def make_step(optimiser: optax.GradientTransformation, loss: Callable) -> Callable:
@@ -90,12 +110,18 @@ def make_step(optimiser: optax.GradientTransformation, loss: Callable) -> Callab
     return step
 
 
-def polyak(params, target, tau: float):
+def polyak(params, target, tau):
     """target <- tau * params + (1 - tau) * target."""
     return optax.incremental_update(params, target, tau)
 
 
-# --- Actors with a state-independent spread: a = tanh(mlp(s)) + exp(log_std) * noise ---
+# --- Gaussian actors with a state-independent spread: a = tanh(mlp(s)) + exp(log_std) * noise ---
+
+
+def gaussian_log_prob(x: chex.Array, mean: chex.Array, log_std: chex.Array) -> chex.Array:
+    """x, mean (..., A) -> (...): log density of a diagonal Gaussian."""
+    z = (x - mean) * jnp.exp(-log_std)
+    return jnp.sum(-0.5 * z**2 - log_std - 0.5 * jnp.log(2 * jnp.pi), axis=-1)
 
 
 def init_gaussian_actor(key, obs_dim: int, act_dim: int, hidden: tuple[int, ...]) -> dict:
@@ -121,7 +147,29 @@ def actor_sample(key, actor: dict, obs: chex.Array) -> chex.Array:
     return jnp.clip(mean + noise, -1.0, 1.0)
 
 
-# --- Behaviour cloning ---
+# --- Tanh-Gaussian actors: a = tanh(u), u Gaussian with mean and spread of the state's ---
+
+
+def tanh_gaussian(actor: list, obs: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """obs (..., O) -> mean and log standard deviation of u, (..., A) each."""
+    mean, log_std = jnp.split(mlp(actor, obs), 2, axis=-1)
+    return mean, jnp.clip(log_std, -5.0, 2.0)
+
+
+def tanh_log_prob(mean: chex.Array, log_std: chex.Array, u: chex.Array) -> chex.Array:
+    """(..., A) each -> (...): log density of tanh(u) (SAC, arXiv 1812.05905, equation 26)."""
+    log_det = 2.0 * (jnp.log(2.0) - u - jax.nn.softplus(-2.0 * u))  # log(1 - tanh(u)^2), stably
+    return gaussian_log_prob(u, mean, log_std) - jnp.sum(log_det, axis=-1)
+
+
+def tanh_sample(key, actor: list, obs: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """obs (..., O) -> sampled actions (..., A) in (-1, 1), their log densities (...)."""
+    mean, log_std = tanh_gaussian(actor, obs)
+    u = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+    return jnp.tanh(u), tanh_log_prob(mean, log_std, u)
+
+
+# --- BC ---
 
 
 class BCState(NamedTuple):
@@ -129,7 +177,10 @@ class BCState(NamedTuple):
     opt_state: Any
 
 
-def bc(lr: float = 3e-4, hidden: tuple[int, ...] = (256, 256)) -> Agent:
+def bc(
+    lr: float = 3e-4,  # Adam's learning rate
+    hidden: tuple[int, ...] = (256, 256),  # widths of the hidden layers
+) -> Agent:
     """Behaviour cloning: maximum likelihood of the log's actions under a Gaussian policy."""
     optimiser = optax.adam(lr, eps=1e-5)
 
@@ -156,10 +207,10 @@ def bc(lr: float = 3e-4, hidden: tuple[int, ...] = (256, 256)) -> Agent:
     )
 
 
-# --- TD3+BC: arXiv 2106.06860 ---
+# --- TD3, and what TD3+BC and ReBRAC make of it ---
 
 
-class TD3BCState(NamedTuple):
+class TD3State(NamedTuple):
     actor: list
     actor_target: list
     actor_opt: Any
@@ -168,20 +219,24 @@ class TD3BCState(NamedTuple):
     critic_opt: Any
 
 
-def td3_bc(
-    alpha: float = 2.5,
-    gamma: float = 0.99,
-    tau: float = 0.005,
-    policy_noise: float = 0.2,
-    noise_clip: float = 0.5,
-    critic_updates: int = 2,
-    lr: float = 3e-4,
-    hidden: tuple[int, ...] = (256, 256),
+def td3(
+    actor_loss: Callable,
+    next_penalty: Callable | None,
+    gamma: float,
+    tau: float,
+    policy_noise: float,
+    noise_clip: float,
+    critic_updates: int,
+    lr: float,
+    hidden: tuple[int, ...],
+    layer_norm: bool = False,
 ) -> Agent:
-    """TD3+BC (arXiv 2106.06860, equation 5 and Table 2).
+    """TD3 (arXiv 1802.09477, algorithm 1) with the actor's loss left open.
 
-    One update is `critic_updates` critic updates, each on its own batch, then one actor update and
-    one Polyak step on the last of them: TD3's delayed policy update without a branch.
+    actor_loss(critic, batch, action (B, A)) -> (scalar, metrics), action being the actor's in
+    batch.obs; next_penalty(batch, next_action (B, A)) -> (B,) is taken from the next value. One
+    update is `critic_updates` critic updates, each on its own batch, then one actor update and one
+    Polyak step on the last of them: the delayed policy update without a branch.
     """
     optimiser = optax.adam(lr, eps=1e-5)
 
@@ -192,33 +247,25 @@ def td3_bc(
         key_actor, key_critic = jax.random.split(key)
         actor = init_mlp(key_actor, (obs_dim, *hidden, act_dim))
         critic = init_critics(key_critic, 2, obs_dim, act_dim, hidden)
-        return TD3BCState(
-            actor, actor, optimiser.init(actor), critic, critic, optimiser.init(critic)
-        )
+        return TD3State(actor, actor, optimiser.init(actor), critic, critic, optimiser.init(critic))
 
     def critic_target(key, state, batch):
         noise = policy_noise * jax.random.normal(key, batch.action.shape)
         noise = jnp.clip(noise, -noise_clip, noise_clip)
         next_action = jnp.clip(pi(state.actor_target, batch.next_obs) + noise, -1.0, 1.0)
-        next_q = jnp.min(critics(state.critic_target, batch.next_obs, next_action), axis=0)
-        return batch.reward + gamma * (1.0 - batch.done) * next_q
+        next_v = min_q(state.critic_target, batch.next_obs, next_action, layer_norm)
+        if next_penalty is not None:
+            next_v = next_v - next_penalty(batch, next_action)
+        return bellman_target(batch, gamma, next_v)
 
     def critic_loss(critic, target, batch):
-        q = critics(critic, batch.obs, batch.action)
-        loss = jnp.sum(jnp.mean((q - target) ** 2, axis=-1))
-        return loss, {"critic_loss": loss, "q": jnp.mean(q)}
+        return bellman_loss(critic, target, batch, layer_norm)
 
-    def actor_loss(actor, critic, batch):
-        action = pi(actor, batch.obs)
-        first = jax.tree.map(lambda x: x[0], critic)
-        q = mlp(first, jnp.concatenate([batch.obs, action], axis=-1))[..., 0]
-        lambda_ = alpha / jax.lax.stop_gradient(jnp.mean(jnp.abs(q)))
-        bc_loss = jnp.mean((action - batch.action) ** 2)
-        loss = -lambda_ * jnp.mean(q) + bc_loss
-        return loss, {"actor_loss": loss, "bc_loss": bc_loss}
+    def loss_of_actor(actor, critic, batch):
+        return actor_loss(critic, batch, pi(actor, batch.obs))
 
     critic_step = make_step(optimiser, critic_loss)
-    actor_step = make_step(optimiser, actor_loss)
+    actor_step = make_step(optimiser, loss_of_actor)
 
     def update(key, state, batch):
         # The target networks stand still meanwhile, so all targets are made at once
@@ -229,7 +276,7 @@ def td3_bc(
             target, part = jax.tree.map(lambda x: x[i], split)
             critic, critic_opt, critic_metrics = critic_step(critic, critic_opt, target, part)
         actor, actor_opt, actor_metrics = actor_step(state.actor, state.actor_opt, critic, part)
-        state = TD3BCState(
+        state = TD3State(
             actor,
             polyak(actor, state.actor_target, tau),
             actor_opt,
@@ -248,12 +295,76 @@ def td3_bc(
         update,
         act=lambda state, obs: pi(state.actor, obs),
         log_prob=log_prob,
-        q_value=lambda state, obs, action: jnp.min(critics(state.critic, obs, action), axis=0),
+        q_value=lambda state, obs, action: min_q(state.critic, obs, action, layer_norm),
         batches_per_update=critic_updates,
     )
 
 
-# --- IQL: arXiv 2110.06169 ---
+def td3_bc(
+    alpha: float = 2.5,  # weight of Q, in its mean size, against cloning (2106.06860, Table 2)
+    gamma: float = 0.99,  # discount
+    tau: float = 0.005,  # Polyak rate of the target networks
+    policy_noise: float = 0.2,  # standard deviation of the target policy's noise (TD3)
+    noise_clip: float = 0.5,  # and its limit
+    critic_updates: int = 2,  # critic updates for one of the actor
+    lr: float = 3e-4,  # Adam's learning rate, of all networks
+    hidden: tuple[int, ...] = (256, 256),  # widths of the hidden layers
+) -> Agent:
+    """TD3+BC (arXiv 2106.06860, equation 5): TD3 whose actor is held to the log's actions."""
+
+    def actor_loss(critic, batch, action):
+        first = jax.tree.map(lambda x: x[0], critic)
+        q = mlp(first, jnp.concatenate([batch.obs, action], axis=-1))[..., 0]
+        lambda_ = alpha / jax.lax.stop_gradient(jnp.mean(jnp.abs(q)))
+        bc_loss = jnp.mean((action - batch.action) ** 2)
+        loss = -lambda_ * jnp.mean(q) + bc_loss
+        return loss, {"actor_loss": loss, "bc_loss": bc_loss}
+
+    return td3(
+        actor_loss, None, gamma, tau, policy_noise, noise_clip, critic_updates, lr, hidden
+    )  # fmt: skip
+
+
+def rebrac(
+    actor_bc: float = 0.01,  # beta_1, weight of cloning against Q (2305.09836; by data set)
+    critic_bc: float = 0.01,  # beta_2, of cloning in the critic's target (the same)
+    gamma: float = 0.99,  # discount
+    tau: float = 0.005,  # Polyak rate of the target networks
+    policy_noise: float = 0.2,  # standard deviation of the target policy's noise (TD3)
+    noise_clip: float = 0.5,  # and its limit
+    critic_updates: int = 2,  # critic updates for one of the actor
+    lr: float = 1e-3,  # Adam's learning rate; 3e-4 on Adroit; both with batches of 1,024 and 256
+    hidden: tuple[int, ...] = (256, 256, 256),  # widths; the critics have a layer norm after each
+) -> Agent:
+    """ReBRAC (arXiv 2305.09836, equations 2 and 3): TD3+BC with the penalty on the critic too, deep
+    networks and layer norm. Where the log does not know the next action, the critic's penalty is
+    left out."""
+
+    def next_penalty(batch, next_action):
+        penalty = jnp.sum((next_action - batch.next_action) ** 2, axis=-1)
+        return critic_bc * jnp.where(jnp.isnan(penalty), 0.0, penalty)
+
+    def actor_loss(critic, batch, action):
+        q = min_q(critic, batch.obs, action, layer_norm=True)
+        lambda_ = 1.0 / jax.lax.stop_gradient(jnp.mean(jnp.abs(q)))
+        bc_loss = jnp.mean(jnp.sum((action - batch.action) ** 2, axis=-1))
+        loss = -lambda_ * jnp.mean(q) + actor_bc * bc_loss
+        return loss, {"actor_loss": loss, "bc_loss": bc_loss}
+
+    return td3(
+        actor_loss, next_penalty, gamma, tau, policy_noise, noise_clip, critic_updates, lr, hidden,
+        layer_norm=True,
+    )  # fmt: skip
+
+
+# --- IQL and AWAC: the log's own actions, those of high advantage weighing more ---
+
+
+def weighted_cloning(actor, batch, advantage: chex.Array, scale, max_weight):
+    """advantage (B,) -> -mean min(exp(scale * advantage), max_weight) log pi(a|s), metrics."""
+    weight = jnp.minimum(jnp.exp(scale * advantage), max_weight)
+    loss = -jnp.mean(weight * actor_log_prob(actor, batch.obs, batch.action))
+    return loss, {"actor_loss": loss, "advantage": jnp.mean(advantage)}
 
 
 class IQLState(NamedTuple):
@@ -267,13 +378,13 @@ class IQLState(NamedTuple):
 
 
 def iql(
-    expectile: float = 0.7,
-    beta: float = 3.0,
-    max_weight: float = 100.0,
-    gamma: float = 0.99,
-    tau: float = 0.005,
-    lr: float = 3e-4,
-    hidden: tuple[int, ...] = (256, 256),
+    expectile: float = 0.7,  # of Q over the log's actions (2110.06169, Appendix B: 0.7 on MuJoCo)
+    beta: float = 3.0,  # inverse temperature of the advantage (the same: 3 on MuJoCo)
+    max_weight: float = 100.0,  # limit of a transition's weight in cloning
+    gamma: float = 0.99,  # discount
+    tau: float = 0.005,  # Polyak rate of the target network
+    lr: float = 3e-4,  # Adam's learning rate, of all networks
+    hidden: tuple[int, ...] = (256, 256),  # widths of the hidden layers
 ) -> Agent:
     """Implicit Q-learning (arXiv 2110.06169, equations 5 to 7): expectile value, weighted
     cloning."""
@@ -292,23 +403,19 @@ def iql(
         loss = jnp.mean(jnp.abs(expectile - (u < 0)) * u**2)  # equation 5
         return loss, {"value_loss": loss}
 
-    def critic_loss(critic, value, batch):
-        target = batch.reward + gamma * (1.0 - batch.done) * mlp(value, batch.next_obs)[..., 0]
-        q = critics(critic, batch.obs, batch.action)
-        loss = jnp.sum(jnp.mean((q - target) ** 2, axis=-1))  # equation 6
-        return loss, {"critic_loss": loss, "q": jnp.mean(q)}
+    def critic_loss(critic, value, batch):  # equation 6
+        next_v = mlp(value, batch.next_obs)[..., 0]
+        return bellman_loss(critic, bellman_target(batch, gamma, next_v), batch)
 
-    def actor_loss(actor, advantage, batch):
-        weight = jnp.minimum(jnp.exp(beta * advantage), max_weight)
-        loss = -jnp.mean(weight * actor_log_prob(actor, batch.obs, batch.action))  # equation 7
-        return loss, {"actor_loss": loss, "advantage": jnp.mean(advantage)}
+    def actor_loss(actor, advantage, batch):  # equation 7
+        return weighted_cloning(actor, batch, advantage, beta, max_weight)
 
     value_step = make_step(optimiser, value_loss)
     critic_step = make_step(optimiser, critic_loss)
     actor_step = make_step(optimiser, actor_loss)
 
     def update(key, state, batch):
-        q = jnp.min(critics(state.critic_target, batch.obs, batch.action), axis=0)
+        q = min_q(state.critic_target, batch.obs, batch.action)
         value, value_opt, m_value = value_step(state.value, state.value_opt, q, batch)
         advantage = q - mlp(value, batch.obs)[..., 0]
         actor, actor_opt, m_actor = actor_step(state.actor, state.actor_opt, advantage, batch)
@@ -322,12 +429,67 @@ def iql(
         update,
         act=lambda state, obs: actor_mean(state.actor, obs),
         log_prob=lambda state, obs, action: actor_log_prob(state.actor, obs, action),
-        q_value=lambda state, obs, action: jnp.min(critics(state.critic, obs, action), axis=0),
+        q_value=lambda state, obs, action: min_q(state.critic, obs, action),
         sample=lambda key, state, obs: actor_sample(key, state.actor, obs),
     )
 
 
-# --- SAC: arXiv 1812.05905; online, it trains the behaviour policies in policies/ ---
+class AWACState(NamedTuple):
+    actor: dict
+    actor_opt: Any
+    critic: list
+    critic_target: list
+    critic_opt: Any
+
+
+def awac(
+    temperature: float = 1 / 3,  # lambda of the advantage (2006.09359; CORL's for D4RL MuJoCo)
+    max_weight: float = 100.0,  # limit of a transition's weight in cloning
+    gamma: float = 0.99,  # discount
+    tau: float = 0.005,  # Polyak rate of the target network
+    lr: float = 3e-4,  # Adam's learning rate, of all networks
+    hidden: tuple[int, ...] = (256, 256),  # widths of the hidden layers
+) -> Agent:
+    """Advantage-weighted actor-critic (arXiv 2006.09359, equation 13): the critic is the policy's
+    own, its value one sampled action's."""
+    optimiser = optax.adam(lr, eps=1e-5)
+
+    def init(key, obs_dim, act_dim):
+        key_actor, key_critic = jax.random.split(key)
+        actor = init_gaussian_actor(key_actor, obs_dim, act_dim, hidden)
+        critic = init_critics(key_critic, 2, obs_dim, act_dim, hidden)
+        return AWACState(actor, optimiser.init(actor), critic, critic, optimiser.init(critic))
+
+    def actor_loss(actor, advantage, batch):
+        return weighted_cloning(actor, batch, advantage, 1.0 / temperature, max_weight)
+
+    critic_step = make_step(optimiser, bellman_loss)
+    actor_step = make_step(optimiser, actor_loss)
+
+    def update(key, state, batch):
+        key_next, key_now = jax.random.split(key)
+        next_action = actor_sample(key_next, state.actor, batch.next_obs)
+        next_v = min_q(state.critic_target, batch.next_obs, next_action)
+        target = bellman_target(batch, gamma, next_v)
+        critic, critic_opt, m_critic = critic_step(state.critic, state.critic_opt, target, batch)
+
+        v = min_q(critic, batch.obs, actor_sample(key_now, state.actor, batch.obs))
+        advantage = min_q(critic, batch.obs, batch.action) - v
+        actor, actor_opt, m_actor = actor_step(state.actor, state.actor_opt, advantage, batch)
+        critic_target = polyak(critic, state.critic_target, tau)
+        return AWACState(actor, actor_opt, critic, critic_target, critic_opt), m_critic | m_actor
+
+    return Agent(
+        init,
+        update,
+        act=lambda state, obs: actor_mean(state.actor, obs),
+        log_prob=lambda state, obs, action: actor_log_prob(state.actor, obs, action),
+        q_value=lambda state, obs, action: min_q(state.critic, obs, action),
+        sample=lambda key, state, obs: actor_sample(key, state.actor, obs),
+    )
+
+
+# --- SAC, and what SAC-N, EDAC and CQL make of it ---
 
 
 class SACState(NamedTuple):
@@ -336,73 +498,67 @@ class SACState(NamedTuple):
     critic: list
     critic_target: list
     critic_opt: Any
-    log_alpha: chex.Array
+    log_alpha: chex.Array  # () log of the entropy's temperature
     alpha_opt: Any
 
 
 def sac(
-    gamma: float = 0.99,
-    tau: float = 0.005,
-    lr: float = 3e-4,
-    hidden: tuple[int, ...] = (256, 256),
+    num_critics: int,
+    penalty: Callable | None,
+    gamma: float,
+    tau: float,
+    lr: float,
+    actor_lr: float,
+    hidden: tuple[int, ...],
+    soft_target: bool = True,
 ) -> Agent:
-    """Soft actor-critic (arXiv 1812.05905) with two critics and an automatic temperature.
+    """Soft actor-critic (arXiv 1812.05905) with num_critics critics, an automatic temperature and
+    an addition to the critics' loss.
 
-    It has no conservatism: meant for data that its own policy collects (data.py), not for a fixed
-    log.
+    penalty(key, critic, actor, batch) -> (scalar, metrics); soft_target: whether the next value has
+    the entropy in it.
     """
-    optimiser = optax.adam(lr)
+    optimiser, actor_optimiser = optax.adam(lr), optax.adam(actor_lr)
 
     def init(key, obs_dim, act_dim):
         key_actor, key_critic = jax.random.split(key)
         actor = init_mlp(key_actor, (obs_dim, *hidden, 2 * act_dim))
-        critic = init_critics(key_critic, 2, obs_dim, act_dim, hidden)
+        critic = init_critics(key_critic, num_critics, obs_dim, act_dim, hidden)
         log_alpha = jnp.zeros(())
-        opts = [optimiser.init(p) for p in (actor, critic, log_alpha)]
+        opts = actor_optimiser.init(actor), optimiser.init(critic), optimiser.init(log_alpha)
         return SACState(actor, opts[0], critic, critic, opts[1], log_alpha, opts[2])
 
-    def dist(actor, obs):
-        mean, log_std = jnp.split(mlp(actor, obs), 2, axis=-1)
-        return mean, jnp.clip(log_std, -5.0, 2.0)
-
-    def squashed_log_prob(mean, log_std, u):
-        # log density of tanh(u); log(1 - tanh(u)^2) in its stable form
-        log_det = 2.0 * (jnp.log(2.0) - u - jax.nn.softplus(-2.0 * u))
-        return gaussian_log_prob(u, mean, log_std) - jnp.sum(log_det, axis=-1)
-
-    def sample_log_prob(key, actor, obs):
-        mean, log_std = dist(actor, obs)
-        u = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
-        return jnp.tanh(u), squashed_log_prob(mean, log_std, u)
-
-    def critic_loss(critic, key, state, batch):
-        next_action, log_pi = sample_log_prob(key, state.actor, batch.next_obs)
-        next_q = jnp.min(critics(state.critic_target, batch.next_obs, next_action), axis=0)
-        next_v = next_q - jnp.exp(state.log_alpha) * log_pi
-        target = batch.reward + gamma * (1.0 - batch.done) * next_v
-        q = critics(critic, batch.obs, batch.action)
-        loss = jnp.sum(jnp.mean((q - target) ** 2, axis=-1))
-        return loss, {"critic_loss": loss, "q": jnp.mean(q)}
+    def critic_loss(critic, key, target, actor, batch):
+        loss, metrics = bellman_loss(critic, target, batch)
+        if penalty is None:
+            return loss, metrics
+        added, about = penalty(key, critic, actor, batch)
+        return loss + added, metrics | about
 
     def actor_loss(actor, key, critic, alpha, batch):
-        action, log_pi = sample_log_prob(key, actor, batch.obs)
-        q = jnp.min(critics(critic, batch.obs, action), axis=0)
-        return jnp.mean(alpha * log_pi - q), {"entropy": -jnp.mean(log_pi)}
+        action, log_pi = tanh_sample(key, actor, batch.obs)
+        loss = jnp.mean(alpha * log_pi - min_q(critic, batch.obs, action))
+        return loss, {"actor_loss": loss, "entropy": -jnp.mean(log_pi)}
 
     def alpha_loss(log_alpha, entropy, target_entropy):
         return log_alpha * (entropy - target_entropy), {"alpha": jnp.exp(log_alpha)}
 
     critic_step = make_step(optimiser, critic_loss)
-    actor_step = make_step(optimiser, actor_loss)
+    actor_step = make_step(actor_optimiser, actor_loss)
     alpha_step = make_step(optimiser, alpha_loss)
 
     def update(key, state, batch):
         key_critic, key_actor = jax.random.split(key)
+        alpha = jnp.exp(state.log_alpha)
+        next_action, log_pi = tanh_sample(key_critic, state.actor, batch.next_obs)
+        next_v = min_q(state.critic_target, batch.next_obs, next_action)
+        target = bellman_target(batch, gamma, next_v - alpha * log_pi if soft_target else next_v)
         critic, critic_opt, m_critic = critic_step(
-            state.critic, state.critic_opt, key_critic, state, batch
-        )
+            state.critic, state.critic_opt, jax.random.fold_in(key_critic, 1), target, state.actor,
+            batch,
+        )  # fmt: skip
         actor, actor_opt, m_actor = actor_step(
-            state.actor, state.actor_opt, key_actor, critic, jnp.exp(state.log_alpha), batch
+            state.actor, state.actor_opt, key_actor, critic, alpha, batch
         )
         target_entropy = -float(batch.action.shape[-1])
         log_alpha, alpha_opt, m_alpha = alpha_step(
@@ -414,31 +570,208 @@ def sac(
 
     def log_prob(state, obs, action):
         u = jnp.arctanh(jnp.clip(action, -0.999, 0.999))
-        return squashed_log_prob(*dist(state.actor, obs), u)
+        return tanh_log_prob(*tanh_gaussian(state.actor, obs), u)
 
     return Agent(
         init,
         update,
-        act=lambda state, obs: jnp.tanh(dist(state.actor, obs)[0]),
+        act=lambda state, obs: jnp.tanh(tanh_gaussian(state.actor, obs)[0]),
         log_prob=log_prob,
-        q_value=lambda state, obs, action: jnp.min(critics(state.critic, obs, action), axis=0),
-        sample=lambda key, state, obs: sample_log_prob(key, state.actor, obs)[0],
+        q_value=lambda state, obs, action: min_q(state.critic, obs, action),
+        sample=lambda key, state, obs: tanh_sample(key, state.actor, obs)[0],
     )
+
+
+def sac_n(
+    num_critics: int = 10,  # N (2110.01548, Section 3: 10 on halfcheetah, up to 500 on hopper)
+    gamma: float = 0.99,  # discount
+    tau: float = 0.005,  # Polyak rate of the target network
+    lr: float = 3e-4,  # Adam's learning rate, of all networks
+    hidden: tuple[int, ...] = (256, 256, 256),  # widths of the hidden layers (2110.01548)
+) -> Agent:
+    """SAC-N (arXiv 2110.01548, section 3): the least of N critics is pessimism enough. With two of
+    them it is SAC, which trains the behaviour policies of data.py online."""
+    return sac(num_critics, None, gamma, tau, lr, lr, hidden)
+
+
+def edac(
+    num_critics: int = 10,  # N (2110.01548; by data set)
+    diversity: float = 1.0,  # eta, weight of the critics' gradient diversity (the same)
+    gamma: float = 0.99,  # discount
+    tau: float = 0.005,  # Polyak rate of the target network
+    lr: float = 3e-4,  # Adam's learning rate, of all networks
+    hidden: tuple[int, ...] = (256, 256, 256),  # widths of the hidden layers (2110.01548)
+) -> Agent:
+    """EDAC (arXiv 2110.01548, section 4): SAC-N whose critics' gradients by the action are kept
+    from pointing the same way, so that fewer do."""
+
+    def penalty(key, critic, actor, batch):
+        def slope(layers):  # (B, A): summed over the batch, as each Q depends on its own action
+            q = lambda action: mlp(layers, jnp.concatenate([batch.obs, action], axis=-1))
+            return jax.grad(lambda action: jnp.sum(q(action)))(batch.action)
+
+        g = jax.vmap(slope)(critic)  # (N, B, A)
+        norm_sq = jnp.sum(g**2, axis=-1, keepdims=True)
+        g = g * jax.lax.rsqrt(jnp.maximum(norm_sq, 1e-12))
+        # The sum over pairs i != j of g_i . g_j is that over all pairs less that of i = j
+        pairs = jnp.sum(jnp.sum(g, axis=0) ** 2, axis=-1) - jnp.sum(g**2, axis=(0, -1))
+        alike = jnp.mean(pairs) / (num_critics - 1)
+        return diversity * alike, {"alike": alike}
+
+    return sac(num_critics, penalty, gamma, tau, lr, lr, hidden)
+
+
+def cql(
+    conservatism: float = 10.0,  # alpha (CORL's for D4RL -v2; 2006.04779, Appendix F: 5)
+    num_actions: int = 10,  # sampled for the log-sum-exp, of each of three kinds (Appendix F)
+    gamma: float = 0.99,  # discount
+    tau: float = 0.005,  # Polyak rate of the target network
+    lr: float = 3e-4,  # Adam's learning rate, of the critics (Appendix F)
+    actor_lr: float = 3e-5,  # and of the actor (Appendix F)
+    hidden: tuple[int, ...] = (256, 256, 256),  # widths of the hidden layers (CORL)
+) -> Agent:
+    """CQL(H) (arXiv 2006.04779, equation 4): SAC whose critics are pushed down on actions of the
+    policy and up on the log's, the log-sum-exp over actions by importance sampling (Appendix F)."""
+
+    def penalty(key, critic, actor, batch):
+        key_random, key_now, key_next = jax.random.split(key, 3)
+        shape = num_actions, *batch.action.shape
+        many = lambda obs: jnp.broadcast_to(obs, (num_actions, *obs.shape))
+        uniform = jax.random.uniform(key_random, shape, minval=-1.0)
+        now, log_now = tanh_sample(key_now, actor, many(batch.obs))
+        after, log_after = tanh_sample(key_next, actor, many(batch.next_obs))
+        log_uniform = jnp.full(shape[:-1], shape[-1] * jnp.log(0.5))
+        action = jnp.concatenate([uniform, now, after])
+        log_density = jnp.concatenate([log_uniform, log_now, log_after])
+        obs = jnp.broadcast_to(batch.obs, (*action.shape[:-1], batch.obs.shape[-1]))
+        everywhere = jax.nn.logsumexp(critics(critic, obs, action) - log_density, axis=1)
+        gap = everywhere - critics(critic, batch.obs, batch.action)  # (2, B)
+        gap = jnp.sum(jnp.mean(gap, axis=-1))
+        return conservatism * gap, {"gap": gap}
+
+    return sac(2, penalty, gamma, tau, lr, actor_lr, hidden, soft_target=False)
 
 
 # --- By name ---
 
-AGENTS = {"bc": bc, "td3_bc": td3_bc, "iql": iql}  # the offline ones, for --agent
+AGENTS = {f.__name__: f for f in (bc, td3_bc, iql, rebrac, sac_n, edac, cql, awac)}
+
+REBRAC = {  # (actor_bc, critic_bc) by data set (2305.09836, Appendix)
+    "halfcheetah-random": (0.001, 0.1),
+    "halfcheetah-medium": (0.001, 0.01),
+    "halfcheetah-expert": (0.01, 0.01),
+    "halfcheetah-medium-expert": (0.01, 0.1),
+    "halfcheetah-medium-replay": (0.01, 0.001),
+    "halfcheetah-full-replay": (0.001, 0.1),
+    "hopper-random": (0.001, 0.01),
+    "hopper-medium": (0.01, 0.001),
+    "hopper-expert": (0.1, 0.001),
+    "hopper-medium-expert": (0.1, 0.01),
+    "hopper-medium-replay": (0.05, 0.5),
+    "hopper-full-replay": (0.01, 0.01),
+    "walker2d-random": (0.01, 0.0),
+    "walker2d-medium": (0.05, 0.1),
+    "walker2d-expert": (0.01, 0.5),
+    "walker2d-medium-expert": (0.01, 0.01),
+    "walker2d-medium-replay": (0.05, 0.01),
+    "walker2d-full-replay": (0.01, 0.01),
+    "pen-human": (0.1, 0.5),
+    "pen-cloned": (0.05, 0.5),
+    "pen-expert": (0.01, 0.01),
+    "door-human": (0.1, 0.1),
+    "door-cloned": (0.01, 0.1),
+    "door-expert": (0.05, 0.01),
+    "hammer-human": (0.01, 0.5),
+    "hammer-cloned": (0.1, 0.5),
+    "hammer-expert": (0.01, 0.01),
+    "relocate-human": (0.1, 0.01),
+    "relocate-cloned": (0.1, 0.01),
+    "relocate-expert": (0.05, 0.01),
+}
+EDAC = {  # (num_critics, diversity) by data set (2110.01548, Appendix)
+    "halfcheetah-medium": (10, 1.0),
+    "halfcheetah-medium-replay": (10, 1.0),
+    "halfcheetah-medium-expert": (10, 5.0),
+    "hopper-medium": (50, 1.0),
+    "hopper-medium-replay": (50, 1.0),
+    "hopper-medium-expert": (50, 1.0),
+    "walker2d-medium": (10, 1.0),
+    "walker2d-medium-replay": (10, 1.0),
+    "walker2d-medium-expert": (10, 5.0),
+}
+ADROIT = ("pen", "door", "hammer", "relocate")
+
+
+class Hyperparameter(NamedTuple):
+    """One keyword of an algorithm."""
+
+    type: Any
+    default: Any
+    help: str
+
+
+def hyperparameters(name: str, task: str = "") -> dict[str, Hyperparameter]:
+    """Those of the agent called `name`, with the paper's values for the data set `task` where it
+    gives any. Raises ValueError, naming what there is, for an unknown agent."""
+    if name not in AGENTS:
+        raise ValueError(f"there is no agent {name!r}; choose one of {', '.join(AGENTS)}")
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(AGENTS[name]), re.M))
+    known = {
+        p.name: Hyperparameter(p.annotation, p.default, helps[p.name])
+        for p in inspect.signature(AGENTS[name]).parameters.values()
+    }
+    task = re.sub(r"-v\d+$", "", task)
+    special: dict[str, Any] = {}
+    if name == "rebrac" and task in REBRAC:
+        special = dict(zip(("actor_bc", "critic_bc"), REBRAC[task]))
+        special |= {"lr": 3e-4} if task.startswith(ADROIT) else {}
+    if name == "edac" and task in EDAC:
+        special = dict(zip(("num_critics", "diversity"), EDAC[task]))
+    return known | {key: known[key]._replace(default=value) for key, value in special.items()}
+
+
+def check_settings(name: str, settings: dict[str, Any]) -> None:
+    """Raise ValueError, in one line, for settings of the agent called `name` that it has not or
+    that cannot work."""
+    known = hyperparameters(name)
+    if unknown := set(settings) - set(known):
+        raise ValueError(f"{name} has no setting {sorted(unknown)}; it has {', '.join(known)}")
+    above_0 = "lr", "actor_lr", "tau", "temperature", "max_weight"
+    for key, value in settings.items():
+        low = 0 if known[key].type is float else 2 if (name, key) == ("edac", "num_critics") else 1
+        high = 1 if key in ("gamma", "tau", "expectile") else math.inf
+        for x in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(x, jax.core.Tracer):
+                continue
+            if not (low <= x <= high and math.isfinite(x)) or (x == 0 and key in above_0):
+                raise ValueError(f"{name}'s {key} cannot be {x}")
+        if isinstance(value, tuple | list) and not value:
+            raise ValueError(f"{name}'s {key} must not be empty")
 
 
 def make_agent(name: str, **settings) -> Agent:
     """The Agent called `name`, with its published settings unless others are given.
 
-    Raises ValueError, naming what there is, for an unknown agent or setting.
+    Raises ValueError, naming what there is, for an unknown agent or setting, or one that cannot
+    work; those of a sweep, not known here, are not checked.
     """
-    if name not in AGENTS:
-        raise ValueError(f"there is no agent {name!r}; choose one of {', '.join(AGENTS)}")
-    known = inspect.signature(AGENTS[name]).parameters
-    if unknown := set(settings) - set(known):
-        raise ValueError(f"{name} has no setting {sorted(unknown)}; it has {', '.join(known)}")
+    check_settings(name, settings)
     return AGENTS[name](**settings)
+
+
+def main(names: list[str]) -> None:
+    """Print what can be set of each algorithm, or of those named."""
+    for name in names or AGENTS:
+        try:
+            known = hyperparameters(name)
+        except ValueError as e:
+            print(f"agents.py: {e}", file=sys.stderr)
+            sys.exit(2)
+        print(f"{name}: {inspect.cleandoc(AGENTS[name].__doc__)}")
+        for key, (_, default, help_line) in known.items():
+            print(f"  {key:<15} {default!s:<18} {help_line}")
+        print()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -79,6 +79,11 @@ WORLD_MODEL = (
 ).split()
 
 
+POLICY_ONLY = {  # lambda is given when sampling
+    "guidance": 1.0, "value_guidance": 0.0, "behaviour_guidance": 0.0, "condition_on_start": False,
+}  # fmt: skip
+
+
 DECIDED = ("dataset_path", "source", "env", "precision", "devices")  # by the run itself
 
 
@@ -190,7 +195,7 @@ def make_targets(session: pgd.Session, num_seeds: int, updates: Sequence[int]) -
         agent = agents.make_agent(name)
         for stage, states in zip(updates, train(name, agent, dataset, num_seeds, updates)):
             targets.append(Target(f"{name} {stage}", agent, states))
-    sac, simulator = agents.sac(), session.task.simulator
+    sac, simulator = agents.sac_n(), session.task.simulator
     for path in sorted((data.HERE / "policies").glob(f"{simulator}-*.npz")):
         stem = path.stem.removeprefix(f"{simulator}-")
         if stem not in ("early1", "expert") or path.stem == session.task.name:
@@ -282,7 +287,7 @@ class Sample(NamedTuple):
 def make_sampler(model: Model, agent, clone: Target, dataset, num: int, length: int) -> Callable:
     """-> sample(target, seed, weight) -> Sample; compiled once for all targets of that agent."""
     if model.name == "diffusion":
-        settings = {"guidance": 1.0, "horizon": length + 1}
+        settings = POLICY_ONLY | {"horizon": length + 1}
         make = pgd.make_diffusion
     else:
         settings = {"rollout": length, "penalty": 0.0, "horizon": length}

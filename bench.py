@@ -176,9 +176,9 @@ def bench_world_model(dataset: pgd.Dataset, rate: float, steps: int = 200):
         yield part(what, m, num / 1e3, 128 * calls * unet_flops(c), rate)
 
 
-def mlp_flops(inputs: int, outputs: int, batch: int = 256, hidden: int = 256) -> float:
-    """Of one forward pass."""
-    return 2 * batch * (inputs * hidden + hidden * hidden + hidden * outputs)
+def mlp_flops(inputs: int, outputs: int, layers: int = 2, batch: int = 256) -> float:
+    """Of one forward pass, with so many hidden layers of 256."""
+    return 2 * batch * 256 * (inputs + (layers - 1) * 256 + outputs)
 
 
 def updates_of(agent, num: int):
@@ -198,18 +198,30 @@ def updates_of(agent, num: int):
 
 def bench_agents(dataset: pgd.Dataset, rate: float, updates: int = 200):
     """Rows for agent updates in their scan, batches drawn from the log."""
+    # A forward pass is 1, with its gradient 3, with that of its input alone 2
     critic, actor, value = mlp_flops(OBS + ACT, 1), mlp_flops(OBS, ACT), mlp_flops(OBS, 1)
-    flops = {  # a forward pass is 1, with its gradient 3, with that of its input alone 2
+    flops = {
         "bc": 3 * actor,
-        "td3_bc": 2 * (actor + 2 * critic + 6 * critic) + 3 * actor + 2 * critic,
+        "td3_bc": 2 * (actor + 8 * critic) + 3 * actor + 2 * critic,
         "iql": 2 * critic + 3 * value + value + 3 * actor + value + 6 * critic,
+        "awac": 2 * actor + 12 * critic + 3 * actor,
+    }
+    critic, actor, num = mlp_flops(OBS + ACT, 1, 3), mlp_flops(OBS, 2 * ACT, 3), 10
+    sac = lambda num: actor + 4 * num * critic + 3 * actor + 2 * num * critic
+    flops |= {
+        "rebrac": 2 * (actor + 8 * critic) + 3 * actor + 4 * critic,
+        "sac_n": sac(num),
+        "edac": sac(num) + 6 * num * critic,  # the gradient of a gradient by the action
+        "cql": sac(2) + 20 * actor + 3 * 2 * 30 * critic,
     }
     for name, flop in flops.items():
         agent, key = agents.make_agent(name), jax.random.key(0)
         m = measure(updates_of(agent, updates), key, agent.init(key, OBS, ACT), dataset)
-        what = ", per critic update and half an actor update" if name == "td3_bc" else ""
-        per = updates * agent.batches_per_update
-        yield part(f"{name} update, batch 256{what}", m, per, flop * updates, rate)
+        per, what = agent.batches_per_update, ""
+        if per > 1:
+            what = ", per critic update and half an actor update"
+        row = part(f"{name} update, batch 256{what}", m, updates * per, flop * updates, rate)
+        yield row | {"per_second": updates * per / m.seconds}
 
 
 # --- Seeds: one program of many ---

@@ -1072,7 +1072,7 @@ def train_policy(
         1, max_steps=max_steps, num_envs=num_envs, start_hold=start_hold, eval_every=eval_every,
         hidden=min(hidden, default=0),
     )  # fmt: skip
-    agent, batch_size = agents.sac(hidden=hidden), 256
+    agent, batch_size = agents.sac_n(num_critics=2, hidden=hidden), 256
     envs = sim.make_envs(task, num_envs)
     judge = sim.make_envs(task, 100 if task in sim.GYMNAX else num_envs)
     act_dim, rng = envs.low.size, np.random.default_rng(seed)

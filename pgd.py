@@ -27,7 +27,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -43,7 +43,8 @@ class Config:
     # --- Run ---
     env: str | None = None  # task, D4RL's name or a gymnax one; pendulum-medium if nothing is given
     dataset_path: str | None = None  # train on this HDF5 or npz file; --env names its simulator
-    agent: str = "td3_bc"  # algorithm in agents.py: bc, td3_bc or iql
+    agent: str = "td3_bc"  # bc, td3_bc, iql, rebrac, sac_n, edac, cql or awac, of agents.py
+    hyper: dict[str, Any] = dataclasses.field(default_factory=dict)  # the agent's own settings
     synthetic: Literal["diffusion", "world-model", "none"] = "diffusion"  # none: the log alone
     preset: Literal["default", "smoke", "laptop", "paper"] = "default"  # sets the defaults below
     seed: int = 0  # first seed
@@ -102,11 +103,14 @@ class Config:
     s_noise: float = 1.003  # inflation of the noise added back
 
     # --- Guidance (PGD section 4) ---
-    guidance: float = 0.25  # lambda, per 256 levels; 0 is unguided diffusion
+    guidance: float = 0.25  # lambda, per 256 levels: up log pi of the policy; 0 is unguided
+    value_guidance: float = 0.0  # the same up the Q of the agent's critic (2604.09035)
+    behaviour_guidance: float = 0.0  # and down log pi of the log's clone (2505.20781)
     guidance_sine: float = 0.3  # c, height of the sine in the schedule of lambda
     guidance_every: int = 2  # push at every so many levels, and so much further
     guidance_normalise: bool = True  # scale each trajectory's gradient to unit length
     guidance_denoised: bool = True  # gradient at the last D(x; sigma) rather than at x
+    condition_on_start: bool = False  # synthetic trajectories begin in logged states, kept exactly
 
     # --- World model (world_model.py; MBPO's recipe, with MOPO's penalty) ---
     members: int = 7  # Gaussian networks in the ensemble
@@ -174,6 +178,7 @@ class Transition(NamedTuple):
     reward: chex.Array  # (...)
     next_obs: chex.Array  # (..., O)
     done: chex.Array  # (...), 1 at a true terminal, else 0
+    next_action: chex.Array  # (..., A), NaN where it is not known, nothing where done
 
 
 class Normalizer(NamedTuple):
@@ -211,9 +216,18 @@ class Dataset(NamedTuple):
 
     def transitions(self, rows: chex.Array) -> Transition:
         """rows (...), each below K -> Transition (...) of the log."""
-        obs, action, reward, done = split_steps(self, self.steps[self.usable[rows]])
-        next_obs = self.steps[self.successors[rows], : self.obs_dim]
-        return Transition(obs, action, reward, next_obs, done)
+        step = split_steps(self, self.steps[self.usable[rows]])
+        after = split_steps(self, self.steps[self.successors[rows]])
+        return Transition(*step[:3], after.obs, step.done, after.action)
+
+
+class Trajectory(NamedTuple):
+    """Steps of the log or of a sample, apart."""
+
+    obs: chex.Array  # (..., O) standardised
+    action: chex.Array  # (..., A) in (-1, 1)
+    reward: chex.Array  # (...) as logged
+    done: chex.Array  # (...), 1 at a true terminal, else 0; has no gradient
 
 
 # --- Make the data set ---
@@ -256,7 +270,7 @@ def make_dataset(
     after = after[timeouts[: len(after)]]
 
     num = len(obs)
-    with_after = np.zeros((num + len(after), num_obs + num_act + 2), np.float32)
+    with_after = np.full((num + len(after), num_obs + num_act + 2), np.nan, np.float32)
     with_after[num:, :num_obs] = after
     steps = with_after[:num]
     steps[:, :num_obs] = obs
@@ -317,14 +331,14 @@ def make_dataset(
     )
 
 
-def split_steps(dataset: Dataset, steps: chex.Array):
-    """Standardised steps (..., D) -> observation (..., O) still standardised, action (..., A) in
-    (-1, 1), reward (...) as logged, done (...)."""
+def split_steps(dataset: Dataset, steps: chex.Array) -> Trajectory:
+    """Standardised steps (..., D) -> Trajectory (..., O), (..., A), (...), (...)."""
     o = dataset.obs_dim
     mean, std = dataset.normalizer
     raw = steps[..., o:] * std[o:] + mean[o:]
     done = (raw[..., -1] > 0.5) & (mean[-1] > 0)  # a log without terminals has none
-    return steps[..., :o], jnp.tanh(raw[..., :-2]), raw[..., -2], done.astype(jnp.float32)
+    done = done.astype(jnp.float32)
+    return Trajectory(steps[..., :o], jnp.tanh(raw[..., :-2]), raw[..., -2], done)
 
 
 def unscale_action(dataset: Dataset, action: chex.Array) -> chex.Array:
@@ -350,8 +364,8 @@ def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
     in the middle of the window, where the denoiser errs least, stands in for it.
     """
     obs, action, reward, done = split_steps(dataset, x)
-    next_obs = jnp.concatenate([obs[:, 1:], obs[:, -1:]], axis=1)
-    transitions = Transition(obs, action, reward, next_obs, done)
+    next_obs, next_action = (jnp.concatenate([y[:, 1:], y[:, -1:]], 1) for y in (obs, action))
+    transitions = Transition(obs, action, reward, next_obs, done, next_action)
     last, middle = x.shape[1] - 1, (x.shape[1] - 1) // 2
 
     def mend_last(field):
@@ -547,7 +561,7 @@ def sample_heun(key, denoiser: Callable, shape, sigmas, guide=None, churn=(0, 0,
     num = sigmas.shape[0] - 1
 
     def to_noised(x, denoised, n):
-        """Guide x, raise its noise level from sigma to sigma_hat, and take the slope there."""
+        """Guide x, raise its noise level from sigma to sigma_hat, and denoise it there."""
         sigma = sigmas[n]
         x = x if guide is None else guide(x, denoised, sigma, n)
         gamma = jnp.minimum(s_churn / num, 2**0.5 - 1)
@@ -556,10 +570,11 @@ def sample_heun(key, denoiser: Callable, shape, sigmas, guide=None, churn=(0, 0,
         if not is_zero(s_churn):
             noise = s_noise * jax.random.normal(jax.random.fold_in(key, n + 1), shape)
             x = x + sigma * jnp.sqrt(gamma * (2.0 + gamma)) * noise  # sqrt(sigma_hat^2 - sigma^2)
-        return x, sigma_hat, (x - denoiser(x, sigma_hat)) / sigma_hat
+        return x, sigma_hat, denoiser(x, sigma_hat)
 
     def heun_step(carry, n):
-        x_hat, sigma_hat, d_cur = to_noised(*carry, n)
+        x_hat, sigma_hat, denoised = to_noised(*carry, n)
+        d_cur = (x_hat - denoised) / sigma_hat
         dt = sigmas[n + 1] - sigma_hat
         x_next = x_hat + dt * d_cur
         denoised = denoiser(x_next, sigmas[n + 1])
@@ -569,8 +584,7 @@ def sample_heun(key, denoiser: Callable, shape, sigmas, guide=None, churn=(0, 0,
     x = sigmas[0] * jax.random.normal(jax.random.fold_in(key, 0), shape)
     carry = x, jnp.zeros(shape)  # in pure noise the best estimate is the mean
     carry, _ = jax.lax.scan(heun_step, carry, jnp.arange(num - 1))
-    x_hat, sigma_hat, d_cur = to_noised(*carry, num - 1)  # the last step goes to 0: no correction
-    return x_hat - sigma_hat * d_cur
+    return to_noised(*carry, num - 1)[2]  # the last step goes to 0, and has no correction
 
 
 def sample_sde(key, denoiser: Callable, shape, sigmas, guide=None, eta=1.0, order: int = 2):
@@ -605,35 +619,50 @@ def sample_sde(key, denoiser: Callable, shape, sigmas, guide=None, eta=1.0, orde
     return denoiser(x, sigmas[num - 1])  # the last step goes to 0
 
 
-# --- Policy guidance (PGD section 4) ---
+# --- Guidance (PGD section 4): scores of a trajectory, and a push up their gradients ---
 
 GUIDANCE_LEVELS = 256  # lambda is what so many levels push; of fewer levels, each pushes further
 
 
-def make_policy_guide(log_prob: Callable, dataset: Dataset, config: Config, weight) -> Callable:
-    """log_prob(obs (..., O), action (..., A)) -> (...) becomes a guide for a sampler.
+def policy_score(log_prob: Callable) -> Callable:
+    """log_prob(obs (..., O), action (..., A)) -> (...) becomes a score: Trajectory (..., T) ->
+    (...), the sum of log pi(a|s). Its gradient is by the actions alone (PGD section 4)."""
+    return lambda t: jnp.sum(log_prob(jax.lax.stop_gradient(t.obs), t.action), axis=-1)
 
-    The guide adds lambda_n * g / ||g|| to the standardised, pre-tanh actions, g being the gradient
-    of the trajectory's summed log_prob with respect to them, and ||g|| its norm over the (T, A) of
-    one trajectory. lambda_n is of the paper's 256 levels, and as much more as there are fewer.
+
+def value_score(q_value: Callable) -> Callable:
+    """q_value(obs (..., O), action (..., A)) -> (...) becomes a score: the sum of Q(s, a) over its
+    mean size. By the actions, its gradient is that of the advantage (arXiv 2604.09035)."""
+
+    def score(t):
+        q = q_value(jax.lax.stop_gradient(t.obs), t.action)
+        return jnp.sum(q, axis=-1) / jax.lax.stop_gradient(jnp.mean(jnp.abs(q)) + 1e-6)
+
+    return score
+
+
+def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: Config) -> Callable:
+    """Weights and scores -> guide for a sampler, which adds up their pushes.
+
+    score(Trajectory (..., T)) -> (...) is any function of one's own that JAX can differentiate. The
+    push is lambda_n * g / ||g||, g being the score's gradient with respect to the standardised
+    trajectory (..., T, D), its actions before tanh, and ||g|| its norm over one trajectory.
+    lambda_n is of the paper's 256 levels, and as much more as there are fewer.
     """
-    o, a, num, every = dataset.obs_dim, dataset.act_dim, config.sample_steps, config.guidance_every
+    num, every = config.sample_steps, config.guidance_every
 
     def push(x, denoised, step):
-        at = denoised if config.guidance_denoised else x
-
-        def score(pre_tanh):
-            steps = jnp.concatenate([at[..., :o], pre_tanh, at[..., o + a :]], axis=-1)
-            obs, action, _, _ = split_steps(dataset, steps)
-            return jnp.sum(log_prob(obs, action))  # each trajectory's gradient is its own
-
-        g = jax.grad(score)(at[..., o : o + a])
-        if config.guidance_normalise:
-            norm_sq = jnp.sum(g**2, axis=(-2, -1), keepdims=True)
-            g = g * jax.lax.rsqrt(jnp.maximum(norm_sq, 1e-12))
+        at, direction = denoised if config.guidance_denoised else x, 0.0
+        for weight, score in terms:
+            # Summed over the batch: each trajectory's gradient is its own
+            g = jax.grad(lambda at, f=score: jnp.sum(f(split_steps(dataset, at))))(at)
+            if config.guidance_normalise:
+                norm_sq = jnp.sum(g**2, axis=(-2, -1), keepdims=True)
+                g = g * jax.lax.rsqrt(jnp.maximum(norm_sq, 1e-12))
+            direction = direction + weight * g
         sine = config.guidance_sine * jnp.sin(jnp.pi * (step + 1) / num)
-        lambda_n = weight * ((1 - step / num) + sine) * GUIDANCE_LEVELS * every / num
-        return x.at[..., o : o + a].add(jnp.where(step < num - 1, lambda_n, 0.0) * g)
+        lambda_n = ((1 - step / num) + sine) * GUIDANCE_LEVELS * every / num
+        return x + jnp.where(step < num - 1, lambda_n, 0.0) * direction
 
     def guide(x, denoised, sigma, step):
         if every == 1:
@@ -641,6 +670,20 @@ def make_policy_guide(log_prob: Callable, dataset: Dataset, config: Config, weig
         return jax.lax.cond(step % every == 0, push, lambda x, *_: x, x, denoised, step)
 
     return guide
+
+
+def fix_start(denoiser: Callable, guide: Callable | None, obs: chex.Array):
+    """First observations (B, O), standardised -> denoiser and guide of trajectories that begin
+    there: wherever the sampler asks, that part is known already, and nothing pushes it."""
+    o = obs.shape[-1]
+
+    def known(x, first):
+        return x.at[..., 0, :o].set(first)
+
+    def kept(x, denoised, sigma, step):
+        return known(guide(x, denoised, sigma, step), x[..., 0, :o])
+
+    return lambda x, sigma: known(denoiser(x, sigma), obs), kept if guide else None
 
 
 # --- Generators: where synthetic experience comes from ---
@@ -652,9 +695,10 @@ class Generator(NamedTuple):
     init: Callable  # (key) -> state
     fit_chunk: Callable  # (key, state, dataset) -> (state, metrics)
     num_chunks: int  # calls of fit_chunk that make the whole fit
-    generate: Callable  # (key, state, policy, weight, dataset) -> Transition (S, ...)
+    generate: Callable  # (key, state, policy, guided, dataset) -> Transition (S, ...)
     validate: Callable  # (state, dataset) -> metrics on what was held out
     length: int = 1  # steps of a trajectory; generate lays S / length of them end to end
+    sample: Callable | None = None  # (key, state, dataset, terms, start) -> (B, T, D), if diffusion
 
 
 class TargetPolicy(NamedTuple):
@@ -662,14 +706,17 @@ class TargetPolicy(NamedTuple):
 
     log_prob: Callable  # (obs (..., O), action (..., A)) -> (...)
     sample: Callable  # (key, obs (..., O)) -> action (..., A)
+    q_value: Callable | None = None  # (obs (..., O), action (..., A)) -> (...), if it has a critic
 
 
 def target_policy(agent, agent_state) -> TargetPolicy:
     """An agent in one of its states; one that has no `sample` is deterministic."""
     sample = getattr(agent, "sample", None) or (lambda key, state, obs: agent.act(state, obs))
+    q_value = getattr(agent, "q_value", None)
     return TargetPolicy(
         functools.partial(agent.log_prob, agent_state),
         lambda key, obs: sample(key, agent_state, obs),
+        q_value and functools.partial(q_value, agent_state),
     )
 
 
@@ -678,15 +725,27 @@ class DenoiserState(NamedTuple):
     ema: dict  # averaged parameters: the ones to sample from
     opt_state: Any
     step: chex.Array  # () int32
+    clone: Any = ()  # of the log's policy, for behaviour guidance
 
 
 def make_diffusion(
-    config: Config, obs_dim: int, act_dim: int, batch_axis: str | None = None
+    config: Config,
+    obs_dim: int,
+    act_dim: int,
+    batch_axis: str | None = None,
+    cloner=None,
+    terms: Sequence[tuple[Any, Callable]] = (),
 ) -> Generator:
     """The trajectory diffusion model: EDM training, guided sampling.
 
-    batch_axis: a mesh axis whose devices share the work on this one model.
+    batch_axis: a mesh axis whose devices share the work on this one model. cloner: the Agent that
+    learns the log's policy beside the denoiser, where there is behaviour guidance. terms: further
+    weights and scores for make_guide, in every round.
     """
+    if is_zero(config.behaviour_guidance):
+        cloner = None
+    elif cloner is None:
+        raise UserError("behaviour guidance needs a cloner, such as agents.bc()")
 
     def learning_rate(step):
         """Up to the peak over the first tenth, from a tenth of it, then a cosine to 0."""
@@ -713,7 +772,9 @@ def make_diffusion(
     def init(key):
         key_init, _ = jax.random.split(key)
         params = init_unet(key_init, obs_dim + act_dim + 2, config)
-        return DenoiserState(params, params, optimiser.init(params), jnp.zeros((), jnp.int32))
+        clone = cloner.init(jax.random.fold_in(key_init, 1), obs_dim, act_dim) if cloner else ()
+        step = jnp.zeros((), jnp.int32)
+        return DenoiserState(params, params, optimiser.init(params), step, clone)
 
     def fit_chunk(key, state, dataset):
         _, key_steps = jax.random.split(key)
@@ -728,29 +789,63 @@ def make_diffusion(
             params = optax.apply_updates(state.params, updates)
             decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
             ema = optax.incremental_update(params, state.ema, 1 - decay)
-            return DenoiserState(params, ema, opt_state, state.step + 1), loss
+            clone = update_clone(jax.random.fold_in(k, 3), state.clone, dataset)
+            return DenoiserState(params, ema, opt_state, state.step + 1, clone), loss
 
         state, losses = jax.lax.scan(fit_step, state, None, config.fit_chunk)
         return state, {"loss": jnp.mean(losses)}
 
-    def generate(key, state, policy, weight, dataset):
-        denoiser, guide = make_denoiser(state.ema), None
-        if not is_zero(config.guidance):
-            guide = make_policy_guide(policy.log_prob, dataset, config, weight)
-        shape = (config.sample_batch, config.horizon, dataset.steps.shape[-1])
-        sigmas, churn = noise_levels(config), (config.s_churn, config.s_tmin, config.s_tmax)
+    def update_clone(key, clone, dataset):
+        if cloner is None:
+            return clone
+        key_rows, key_update = jax.random.split(key)
+        rows = jax.random.choice(key_rows, dataset.train_rows, (config.batch_size,))
+        return cloner.update(key_update, clone, dataset.transitions(rows))[0]
+
+    def sample(key, state, dataset, terms=(), start=None):
+        """Weights and scores for make_guide, perhaps first observations (B, O) -> trajectories (B,
+        T, D), standardised; without these, B is config.sample_batch."""
+        denoiser = make_denoiser(state.ema)
+        guide = make_guide(terms, dataset, config) if terms else None
+        if start is not None:
+            denoiser, guide = fix_start(denoiser, guide, start)
+        num = config.sample_batch if start is None else len(start)
+        args = denoiser, (num, config.horizon, dataset.steps.shape[-1]), noise_levels(config), guide
         if config.sampler == "heun":
-            sample = functools.partial(sample_heun, churn=(*churn, config.s_noise))
-        else:
-            sample = functools.partial(sample_sde, eta=config.eta, order=config.order)
+            churn = (config.s_churn, config.s_tmin, config.s_tmax, config.s_noise)
+            return sample_heun(key, *args, churn)
+        return sample_sde(key, *args, config.eta, config.order)
+
+    def generate(key, state, policy, guided, dataset):
+        if not is_zero(config.value_guidance) and policy.q_value is None:
+            raise UserError("value guidance needs an agent with a critic, which this one has not")
+        every_term = list(terms)
+        for weight, make_score in [
+            (config.guidance, lambda: policy_score(policy.log_prob)),
+            (config.value_guidance, lambda: value_score(policy.q_value)),
+            (
+                -config.behaviour_guidance,
+                lambda: policy_score(functools.partial(cloner.log_prob, state.clone)),
+            ),
+        ]:
+            if not is_zero(weight):
+                every_term.append((guided * weight, make_score()))
+
+        def batch(key):
+            start = None
+            if config.condition_on_start:
+                key, key_start = jax.random.split(key)
+                i = jax.random.choice(key_start, dataset.train_starts, (config.sample_batch,))
+                start = dataset.steps[i, :obs_dim]
+            return sample(key, state, dataset, every_term, start)
 
         keys = jax.random.split(key, config.trajectories // config.sample_batch)
         alone = batch_axis is None or len(keys) % jax.lax.axis_size(batch_axis) != 0
         keys = keys if alone else own_share(keys, batch_axis)
-        x = jax.lax.map(lambda k: sample(k, denoiser, shape, sigmas, guide), keys)
+        x = jax.lax.map(batch, keys)
         if not alone:
             x = jax.lax.all_gather(x, batch_axis, tiled=True)
-        return trajectories_to_transitions(dataset, x.reshape(-1, *shape[1:]))
+        return trajectories_to_transitions(dataset, x.reshape(-1, *x.shape[-2:]))
 
     def validate(state, dataset):
         losses = jax.lax.map(  # the same 1,024 held-out windows and noises, whatever is trained on
@@ -760,7 +855,7 @@ def make_diffusion(
         return {"validation_loss": jnp.mean(losses)}
 
     num_chunks = config.fit_steps // config.fit_chunk
-    return Generator(init, fit_chunk, num_chunks, generate, validate, config.horizon)
+    return Generator(init, fit_chunk, num_chunks, generate, validate, config.horizon, sample)
 
 
 def own_share(tree, axis: str | None):
@@ -778,7 +873,7 @@ def make_resampler(config: Config, obs_dim: int = 0, act_dim: int = 0) -> Genera
         init=lambda key: (),
         fit_chunk=lambda key, state, dataset: (state, {}),
         num_chunks=0,
-        generate=lambda key, state, policy, weight, dataset: sample_real(key, dataset, num),
+        generate=lambda key, state, policy, guided, dataset: sample_real(key, dataset, num),
         validate=lambda state, dataset: {},
     )
 
@@ -846,8 +941,8 @@ def make_train(
 
     def generate(key, round_state, gen_state, dataset):
         policy = target_policy(agent, round_state.agent)
-        weight = config.guidance * (round_state.round > 0)  # the first policy knows nothing yet
-        return generator.generate(key, gen_state, policy, weight, dataset)
+        guided = jnp.float32(round_state.round > 0)  # the first policy knows nothing yet
+        return generator.generate(key, gen_state, policy, guided, dataset)
 
     def init_rounds(key, gen_state, dataset):
         key_init, _ = jax.random.split(key)
@@ -920,8 +1015,8 @@ FIT_FIELDS = {  # floats that may be swept, or change without compiling anew: th
 }
 SAMPLE_FIELDS = {  # and those of what comes after
     "diffusion": (
-        "guidance", "guidance_sine", "sigma_min", "sigma_max", "rho", "eta", "s_churn", "s_tmin",
-        "s_tmax", "s_noise",
+        "guidance", "value_guidance", "behaviour_guidance", "guidance_sine", "sigma_min",
+        "sigma_max", "rho", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise",
     ),
     "world-model": ("penalty",),
     "none": (),
@@ -933,7 +1028,7 @@ class Runs(NamedTuple):
     """All runs of one program: every seed at every point of the sweep."""
 
     keys: chex.PRNGKey  # (seeds,)
-    swept: dict[str, chex.Array]  # fields of Config, (points,) each
+    swept: dict[str, chex.Array]  # settings, (points,) each
     common: dict[str, chex.Array]  # () each
 
 
@@ -950,6 +1045,13 @@ def make_runs(config: Config, points: Sequence[dict[str, float]] = ({},)) -> Run
         common["fit_steps"] = jnp.int32(config.fit_steps)
     keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
     return Runs(keys, swept, common)
+
+
+def with_settings(config: Config, settings: dict[str, Any]) -> Config:
+    """The config with other values of some fields; "hyper.NAME" is the agent's."""
+    own = {name: x for name, x in settings.items() if not name.startswith("hyper.")}
+    hyper = {name[6:]: x for name, x in settings.items() if name.startswith("hyper.")}
+    return dataclasses.replace(config, **own, hyper=config.hyper | hyper)
 
 
 def fit_axes(config: Config, swept: Sequence[str]) -> tuple[str, ...]:
@@ -976,7 +1078,7 @@ def spread(
         axes: those that each of the args has."""
 
         def f(common, swept, key, *args):
-            return method(make(dataclasses.replace(config, **common, **swept)), key, *args)
+            return method(make(with_settings(config, common | swept)), key, *args)
 
         ins = ((), ("sweep",), ("seed",) if "seed" in out else (), *axes)
         for axis in [a for a in reversed(RUN) if a in out]:
@@ -1101,13 +1203,14 @@ def sweep_points(config: Config) -> list[dict[str, float]]:
     used = FIT_FIELDS[config.synthetic] + SAMPLE_FIELDS[config.synthetic]
     idle = ("eta",) if config.sampler == "heun" else ("s_churn", "s_tmin", "s_tmax", "s_noise")
     used = tuple(name for name in used if name not in idle)
+    used += tuple(f"hyper.{name}" for name, x in config.hyper.items() if isinstance(x, float))
     for word in config.sweep:
         try:
             number = float(word)
         except ValueError:
             name = word.lstrip("-").replace("-", "_")
-            if name not in known or name in values:
-                what = "is not a setting" if name not in known else "is named twice"
+            if name not in (*known, *used) or name in values:
+                what = "is named twice" if name in values else "is not a setting"
                 raise UserError(f"--sweep {word}: {name} {what}") from None
             if name not in used:
                 why = "does nothing here" if known[name] is float else "is not a number to vary"
@@ -1126,18 +1229,21 @@ def sweep_points(config: Config) -> list[dict[str, float]]:
             raise UserError(f"--sweep {name} wants values, each once")
     points = [dict(zip(values, grid)) for grid in itertools.product(*values.values())]
     for point in points:
-        check_config(dataclasses.replace(config, sweep=(), **point))
+        check_config(with_settings(dataclasses.replace(config, sweep=()), point))
     return points
 
 
 def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     """Command line -> Config: Config's own values, the preset's over them, single flags over
-    those."""
+    those; and flags for the agent's own settings, with the paper's values for the data set."""
     import tyro
+
+    import agents
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     parser.add_argument("--env")
+    parser.add_argument("--agent")
     parser.add_argument("--dataset-path", "--dataset_path")
     parser.add_argument("--resume")
     parser.add_argument("--export")
@@ -1148,7 +1254,7 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     parser.add_argument("--num-hosts", "--num_hosts")
     parser.add_argument("--host")
     known, others = parser.parse_known_args(argv)
-    if known.resume and (others or known.dataset_path or known.env or known.preset):
+    if known.resume and (others or known.dataset_path or known.env or known.preset or known.agent):
         raise UserError(
             "--resume takes no other flags but --export, --devices and those of the hosts: a run "
             "goes on under its own settings"
@@ -1157,8 +1263,23 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     preset = known.preset or "default"
     if preset == "default" and not task.startswith(tuple(small_tasks)):
         preset = "default-large"
-    start = dataclasses.replace(Config(), **PRESETS.get(preset, {}))
-    config = tyro.cli(Config, args=argv, default=start, description=__doc__)
+    try:
+        hyper = agents.hyperparameters(known.agent or Config.agent, task)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    own = [
+        (name, Annotated[h.type, tyro.conf.arg(help=h.help)], h.default)
+        for name, h in hyper.items()
+    ]
+    Hyper = dataclasses.make_dataclass("Hyper", own, frozen=True)
+    field = "hyper", Hyper, dataclasses.field(default=Hyper())
+    # Of Config's name and module, so that tyro finds the help lines in Config's source
+    Flags = dataclasses.make_dataclass("Config", [field], bases=(Config,), frozen=True)
+    Flags.__module__ = Config.__module__
+    start = Flags(**PRESETS.get(preset, {}))
+    flags = tyro.cli(Flags, args=argv, default=start, description=__doc__)
+    config = Config(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Config)})
+    config = dataclasses.replace(config, hyper=dataclasses.asdict(flags.hyper))
     if "--sweep" in argv and not config.sweep:
         raise UserError("--sweep wants a field and its values: --sweep guidance 0 0.5 1")
     return config
@@ -1221,9 +1342,12 @@ def build(config: Config) -> Session:
         for seed in range(config.seed, config.seed + config.num_seeds):
             data.refuse_existing_export(data.export_target(config.export, seed, config.num_seeds))
     try:
-        agent = agents.make_agent(config.agent)
+        for point in points:
+            agent = agents.make_agent(config.agent, **with_settings(config, point).hyper)
     except ValueError as e:
         raise UserError(str(e)) from e
+    if agent.q_value is None and not is_zero(config.value_guidance):
+        raise UserError(f"--value-guidance needs an agent with a critic, not {config.agent}")
     config = dataclasses.replace(config, precision=devices.precision(config.precision))
     fit_batch = config.fit_batch if config.synthetic == "diffusion" else None
     mesh = devices.make_mesh(len(points), config.num_seeds, config.devices, fit_batch)
@@ -1244,8 +1368,11 @@ def build(config: Config) -> Session:
             progress[stage].update()
 
     def make(config, batch_axis="batch" if mesh.shape["batch"] > 1 else None):
+        agent = agents.make_agent(config.agent, **config.hyper)
         makers = {
-            "diffusion": functools.partial(make_diffusion, batch_axis=batch_axis),
+            "diffusion": functools.partial(
+                make_diffusion, batch_axis=batch_axis, cloner=agents.bc()
+            ),
             "world-model": world_model.make_world_model,
             "none": make_resampler,
         }

@@ -70,7 +70,7 @@ class Run:
             raise RunError(f"there is no run in {folder}: it has no config.json")
         with readable(path):
             about = json.loads(path.read_text())
-            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
+            fields = with_tuples(about["config"])
             config, fingerprint = make_config(**fields), about["data"]["fingerprint"]
         if set(fields) != {f.name for f in dataclasses.fields(config)}:  # others have changed too
             raise RunError(f"{path} is of another version of this program; start the run again")
@@ -431,6 +431,13 @@ def atomic_file(path: Path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def with_tuples(x: Any) -> Any:
+    """What JSON gave back, its lists as tuples again."""
+    if isinstance(x, dict):
+        return {key: with_tuples(value) for key, value in x.items()}
+    return tuple(map(with_tuples, x)) if isinstance(x, list) else x
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -129,10 +129,10 @@ def study(run_dir: str, num: int, num_seeds: int, weights: Sequence[float]) -> l
         log = pgd.sample_windows(key, dataset, dataset.train_starts, num, model.config.horizon)
         obs, action, reward, done = (np.asarray(x) for x in pgd.split_steps(dataset, log))
         cut = lambda x: x[:, :length]
-        t = pgd.Transition(cut(obs), cut(action), cut(reward), obs[:, 1:], cut(done))
+        t = pgd.Transition(cut(obs), cut(action), cut(reward), obs[:, 1:], cut(done), action[:, 1:])
         add({"sampler": "the log", "levels": 0, "calls": 0, "weight": 0.0}, t, seed)
     for name, levels, over in settings:
-        settings_ = dict(guidance=1.0, trajectories=num, sample_batch=num) | over
+        settings_ = analysis.POLICY_ONLY | dict(trajectories=num, sample_batch=num) | over
         config = dataclasses.replace(model.config, **settings_)
         generator = pgd.make_diffusion(config, dataset.obs_dim, dataset.act_dim)
 

@@ -213,12 +213,12 @@ def make_world_model(config, obs_dim: int, act_dim: int) -> WorldModel:
         done = jax.nn.sigmoid(logit) * (dataset.normalizer.mean[-1] > 0)
         return Prediction(obs + mean[..., :-1], mean[..., -1], std[..., :-1], std[..., -1], done)
 
-    def generate(key, state, policy, weight, dataset):
+    def generate(key, state, policy, guided, dataset):
         """Rollouts of config.rollout steps from logged states under the policy, by a random elite
         at every step; where one ends in a terminal, the next step starts at a logged state again.
 
         The reward is less config.penalty times the largest norm of an elite's predicted standard
-        deviations, each in units of the log's (MOPO's estimator). `weight` is the diffusion's
+        deviations, each in units of the log's (MOPO's estimator). `guided` is for the diffusion
         alone.
         """
         num = config.horizon * config.sample_batch // config.rollout  # at once
@@ -244,10 +244,14 @@ def make_world_model(config, obs_dim: int, act_dim: int) -> WorldModel:
 
         def rollouts(key):
             key_start, key_steps = jax.random.split(key)
-            keys = jax.random.split(key_steps, config.rollout)
-            obs, action, reward, next_obs, done = jax.lax.scan(step, start(key_start), keys)[1]
+            keys = jax.random.split(key_steps, config.rollout + 1)
+            rows = jax.lax.scan(step, start(key_start), keys[:-1])[1]
+            obs, action, reward, next_obs, done = rows
             follow = jnp.concatenate([obs[1:], next_obs[-1:]])  # equal to the last bit, not nearly
-            rows = obs, action, reward, jnp.where(done[..., None] > 0, next_obs, follow), done
+            next_obs = jnp.where(done[..., None] > 0, next_obs, follow)
+            last = jnp.clip(policy.sample(keys[-1], next_obs[-1]), -1.0, 1.0)
+            next_action = jnp.concatenate([action[1:], last[None]])
+            rows = obs, action, reward, next_obs, done, next_action
             return [jnp.moveaxis(x, 0, 1) for x in rows]  # (num, rollout, ...)
 
         keys = jax.random.split(key, config.trajectories // config.sample_batch)

@@ -540,7 +540,7 @@ def test_a_collected_mujoco_log_replays_exactly_from_its_file():
 def test_a_policy_file_holds_arrays_only_and_acts_like_the_agent(tmp_path):
     import agents
 
-    agent = agents.sac(hidden=(8, 8))
+    agent = agents.sac_n(num_critics=2, hidden=(8, 8))
     state = agent.init(jax.random.key(0), 3, 2)
     policy = data.Policy([tuple(map(np.asarray, layer)) for layer in state.actor], {"task": "t"})
     policy.save(tmp_path / "p.npz")
