@@ -79,9 +79,7 @@ WORLD_MODEL = (
 ).split()
 
 
-POLICY_ONLY = {  # lambda is given when sampling
-    "guidance": 1.0, "value_guidance": 0.0, "behaviour_guidance": 0.0, "condition_on_start": False,
-}  # fmt: skip
+POLICY_ONLY = {"guidance": 1.0, "value_guidance": 0.0, "behaviour_guidance": 0.0}  # lambda is 1
 
 
 DECIDED = ("dataset_path", "source", "env", "precision", "devices")  # by the run itself

@@ -110,7 +110,7 @@ class Config:
     guidance_every: int = 2  # push at every so many levels, and so much further
     guidance_normalise: bool = True  # scale each trajectory's gradient to unit length
     guidance_denoised: bool = True  # gradient at the last D(x; sigma) rather than at x
-    condition_on_start: bool = False  # synthetic trajectories begin in logged states, kept exactly
+    condition_on_start: bool = False  # learn and sample what follows a given, logged state
 
     # --- World model (world_model.py; MBPO's recipe, with MOPO's penalty) ---
     members: int = 7  # Gaussian networks in the ensemble
@@ -674,16 +674,29 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
 
 def fix_start(denoiser: Callable, guide: Callable | None, obs: chex.Array):
     """First observations (B, O), standardised -> denoiser and guide of trajectories that begin
-    there: wherever the sampler asks, that part is known already, and nothing pushes it."""
+    there (inpainting).
+
+    The denoised trajectory starts at obs, and so does the sample; the rest of it follows what it
+    would have started at by reconstruction guidance (arXiv 2204.03458, section 3.1), with the
+    variance that a standardised channel has left at this noise, which takes a gradient through the
+    denoiser. The guide pushes the rest alone.
+    """
     o = obs.shape[-1]
 
     def known(x, first):
         return x.at[..., 0, :o].set(first)
 
+    def conditional(x, sigma):
+        denoised, vjp = jax.vjp(lambda x: denoiser(x, sigma), x)
+        variance = sigma**2 / (sigma**2 + SIGMA_DATA**2)
+        gap = (obs - denoised[..., 0, :o]) / variance
+        (pull,) = vjp(known(jnp.zeros_like(x), gap))
+        return known(denoised + sigma**2 * pull, obs)
+
     def kept(x, denoised, sigma, step):
         return known(guide(x, denoised, sigma, step), x[..., 0, :o])
 
-    return lambda x, sigma: known(denoiser(x, sigma), obs), kept if guide else None
+    return conditional, kept if guide else None
 
 
 # --- Generators: where synthetic experience comes from ---
@@ -756,8 +769,14 @@ def make_diffusion(
 
     optimiser = optax.adam(learning_rate)
 
-    def make_denoiser(params):
-        return precondition(lambda x, c_noise: unet(params, x, c_noise, config))
+    def make_denoiser(params, start=None):
+        """start: first observations (B, O) that the network is told, and D(x) has already."""
+
+        def known(x):
+            return x if start is None else x.at[..., 0, :obs_dim].set(start)
+
+        denoiser = precondition(lambda x, c_noise: unet(params, known(x), c_noise, config))
+        return lambda x, sigma: known(denoiser(x, sigma))
 
     def draw(key, dataset, starts, num, noise=config):
         """-> windows (num, T, D), their noise levels (num,) and noise (num, T, D)."""
@@ -767,7 +786,8 @@ def make_diffusion(
         return x, sigma, jax.random.normal(key_noise, x.shape)
 
     def loss_fn(params, batch):
-        return edm_loss(make_denoiser(params), *batch)
+        start = batch[0][:, 0, :obs_dim] if config.condition_on_start else None
+        return edm_loss(make_denoiser(params, start), *batch)
 
     def init(key):
         key_init, _ = jax.random.split(key)
@@ -804,10 +824,16 @@ def make_diffusion(
 
     def sample(key, state, dataset, terms=(), start=None):
         """Weights and scores for make_guide, perhaps first observations (B, O) -> trajectories (B,
-        T, D), standardised; without these, B is config.sample_batch."""
-        denoiser = make_denoiser(state.ema)
+        T, D), standardised. Without these B is config.sample_batch, and where the denoiser was
+        trained with condition_on_start they are logged ones; where it was not, and they are given,
+        they are inpainted."""
         guide = make_guide(terms, dataset, config) if terms else None
-        if start is not None:
+        if config.condition_on_start and start is None:
+            key, key_start = jax.random.split(key)
+            first = jax.random.choice(key_start, dataset.train_starts, (config.sample_batch,))
+            start = dataset.steps[first, :obs_dim]
+        denoiser = make_denoiser(state.ema, start if config.condition_on_start else None)
+        if start is not None and not config.condition_on_start:
             denoiser, guide = fix_start(denoiser, guide, start)
         num = config.sample_batch if start is None else len(start)
         args = denoiser, (num, config.horizon, dataset.steps.shape[-1]), noise_levels(config), guide
@@ -831,18 +857,10 @@ def make_diffusion(
             if not is_zero(weight):
                 every_term.append((guided * weight, make_score()))
 
-        def batch(key):
-            start = None
-            if config.condition_on_start:
-                key, key_start = jax.random.split(key)
-                i = jax.random.choice(key_start, dataset.train_starts, (config.sample_batch,))
-                start = dataset.steps[i, :obs_dim]
-            return sample(key, state, dataset, every_term, start)
-
         keys = jax.random.split(key, config.trajectories // config.sample_batch)
         alone = batch_axis is None or len(keys) % jax.lax.axis_size(batch_axis) != 0
         keys = keys if alone else own_share(keys, batch_axis)
-        x = jax.lax.map(batch, keys)
+        x = jax.lax.map(lambda k: sample(k, state, dataset, every_term), keys)
         if not alone:
             x = jax.lax.all_gather(x, batch_axis, tiled=True)
         return trajectories_to_transitions(dataset, x.reshape(-1, *x.shape[-2:]))

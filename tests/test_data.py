@@ -407,6 +407,9 @@ def test_a_known_successor_makes_a_timeout_usable(log):
     inner = ~at_timeout & ~log["terminals"][i]
     np.testing.assert_allclose(after[inner], log["observations"][i[inner] + 1], atol=1e-4)
     assert known.train_starts.max() < 480 and known.val_starts.max() < 480
+    next_action = np.asarray(batch.next_action)
+    assert np.isnan(next_action[at_timeout]).all()  # the log does not say
+    np.testing.assert_allclose(next_action[inner], log["actions"][i[inner] + 1], atol=1e-4)
 
 
 def test_a_log_without_terminals_makes_no_synthetic_terminals(log):
@@ -635,7 +638,7 @@ def toy_transitions():
     done = np.zeros(12, np.float32)
     done[[5, 11]] = 1.0
     action = np.linspace(-1, 1, 12, dtype=np.float32)[:, None]
-    made = pgd.Transition(obs, action, obs[:, 0], obs + 2.0, done)
+    made = pgd.Transition(obs, action, obs[:, 0], obs + 2.0, done, action)
     for field in made:
         field[3] = field[1]  # the stand-in for a last step without a successor
     return made

@@ -72,12 +72,12 @@ def test_a_chunk_leaves_the_kind_of_state_it_takes_so_that_it_compiles_once(synt
     assert kind(after) == kind(state)
 
 
-def make_one(dataset, agent=None):
+def make_one(dataset):
     """-> make(config) -> Trainer, as pgd.build has it."""
-    agent = agent or agents.td3_bc(hidden=(16, 16))
     makers = {"none": pgd.make_resampler, "world-model": world_model.make_world_model}
 
     def make(config):
+        agent = agents.td3_bc(hidden=(16, 16), **config.hyper)
         generator = makers.get(config.synthetic, pgd.make_diffusion)(config, 3, 2)
         return pgd.make_train(config, agent, generator, 3, 2, evaluate)
 
@@ -100,18 +100,19 @@ def train_all(config):
         ("world-model", False, "penalty 0 2"),
         ("diffusion", True, "guidance 0 0.5"),
         ("diffusion", False, "p_mean -1.2 0.5 eta 0 4"),
+        ("none", True, "hyper.alpha 0.5 2.5"),
     ],
 )
 def test_every_run_of_a_program_equals_that_run_alone(synthetic, shared, sweep):
     config = dataclasses.replace(
         CONFIG, synthetic=synthetic, shared_denoiser=shared, seed=3, num_seeds=2,
-        sweep=tuple(sweep.split()),
+        sweep=tuple(sweep.split()), hyper={"alpha": 1.0} if "hyper" in sweep else {},
     )  # fmt: skip
     points, fits, (gen, states, metrics) = train_all(config)
     assert metrics["return"].shape == (len(points), 2, CONFIG.rounds)
     dataset = pgd.make_dataset(toy_log(), config)
     make = make_one(dataset)
-    of = lambda point: make(dataclasses.replace(config, **point))
+    of = lambda point: make(pgd.with_settings(config, point))
     fit = jax.jit(lambda point, key: of(point).fit(key, dataset))
     run_rounds = jax.jit(lambda point, key, gen: of(point).run_rounds(key, gen, dataset))
     for i, point in enumerate(points):
@@ -265,7 +266,9 @@ class Recorder:
     def init(self, key, obs_dim, act_dim):
         num = 2 * CONFIG.batch_size
         shape = lambda *s: jnp.zeros((num, *s))
-        return pgd.Transition(shape(obs_dim), shape(act_dim), shape(), shape(obs_dim), shape())
+        return pgd.Transition(
+            shape(obs_dim), shape(act_dim), shape(), shape(obs_dim), shape(), shape(act_dim)
+        )
 
     def update(self, key, state, batch):
         return batch, {}

@@ -145,6 +145,8 @@ def test_rollouts_start_in_the_log_and_follow_the_policy(fitted, length):
     follows = np.all(t.obs[:, 1:] == t.next_obs[:, :-1], axis=-1)
     np.testing.assert_array_equal(follows, t.done[:, :-1] == 0)
     assert np.abs(t.next_obs - t.obs).max() > 0.1
+    on = t.done == 0  # at the end of a rollout too, the policy says what it would do next
+    np.testing.assert_allclose(t.next_action[on], 0.5 * np.tanh(t.next_obs[on][..., :2]), atol=1e-6)
 
 
 def test_every_step_is_drawn_from_a_random_elite_with_its_spread(fitted):
