@@ -193,16 +193,20 @@ def make_targets(session: pgd.Session, num_seeds: int, updates: Sequence[int]) -
         agent = agents.make_agent(name)
         for stage, states in zip(updates, train(name, agent, dataset, num_seeds, updates)):
             targets.append(Target(f"{name} {stage}", agent, states))
-    sac, simulator = agents.sac_n(), session.task.simulator
-    for path in sorted((data.HERE / "policies").glob(f"{simulator}-*.npz")):
-        stem = path.stem.removeprefix(f"{simulator}-")
-        if stem not in ("early1", "expert") or path.stem == session.task.name:
-            continue
-        actor = standardise_inputs(data.Policy.load(path).layers, session.dataset)
-        state = agents.SACState(actor, *[jnp.zeros(()) for _ in range(6)])
-        every = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_seeds, *x.shape)), state)
-        targets.append(Target(f"shipped {stem}", sac, every))
+    simulator = session.task.simulator
+    for stem in ("early1", "expert"):
+        name = f"{simulator}-{stem}"
+        if (data.HERE / "policies" / f"{name}.npz").exists() and name != session.task.name:
+            state = shipped_policy(name, dataset)
+            every = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_seeds, *x.shape)), state)
+            targets.append(Target(f"shipped {stem}", agents.sac_n(), every))
     return targets
+
+
+def shipped_policy(name: str, dataset: pgd.Dataset) -> agents.SACState:
+    """One of policies/, as a state of agents.sac_n() that takes standardised observations."""
+    layers = data.Policy.load(data.HERE / "policies" / f"{name}.npz").layers
+    return agents.SACState(standardise_inputs(layers, dataset), *[jnp.zeros(())] * 6)
 
 
 def standardise_inputs(layers: list, dataset: pgd.Dataset) -> list:

@@ -1364,7 +1364,8 @@ def build(config: Config) -> Session:
             agent = agents.make_agent(config.agent, **with_settings(config, point).hyper)
     except ValueError as e:
         raise UserError(str(e)) from e
-    if agent.q_value is None and not is_zero(config.value_guidance):
+    values = [with_settings(config, point).value_guidance for point in points]
+    if agent.q_value is None and any(values):
         raise UserError(f"--value-guidance needs an agent with a critic, not {config.agent}")
     config = dataclasses.replace(config, precision=devices.precision(config.precision))
     fit_batch = config.fit_batch if config.synthetic == "diffusion" else None

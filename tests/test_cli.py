@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, real_log, toy_log
 
+import agents
 import data
 import pgd
 
@@ -184,6 +185,11 @@ def test_a_log_without_a_simulator_reports_losses_and_likelihoods(tmp_path):
         (["--devices", "99"], "this machine has 1"),
         (["--sweep"], "wants a field and its values"),
         (["--num-hosts", "2"], "need --distributed"),
+        (["--agent", "iql", "--hyper.gamma", "1.5"], "iql's gamma cannot be 1.5"),
+        (["--sweep", "hyper.alpha", "1", "nan"], "td3_bc's alpha cannot be nan"),
+        (["--sweep", "hyper.expectile", "0.7", "0.9"], "hyper.expectile is not a setting"),
+        (["--agent", "bc", "--value-guidance", "1"], "needs an agent with a critic, not bc"),
+        (["--agent", "bc", "--sweep", "value-guidance", "0", "1"], "with a critic, not bc"),
     ],
 )
 def test_mistakes_are_one_clear_line(args, message, tmp_path, toy_file, monkeypatch, capsys):
@@ -206,7 +212,8 @@ def test_mistakes_are_one_clear_line(args, message, tmp_path, toy_file, monkeypa
 def test_a_sweep_killed_half_way_goes_on_to_the_same_table(tmp_path, toy_file):
     """And in the folder are a row per point and seed, and a figure of the sweep."""
     argv = ["--dataset-path", toy_file, *TINY, "--num-seeds", 2, "--no-shared-denoiser"]
-    argv += ["--sweep", "guidance", 0, 2, "fit-lr", 1e-3, 1e-2]
+    argv += ["--sweep", "guidance", 0, 2, "fit-lr", 1e-3, 1e-2, "--hyper.hidden", 16, 16]
+    argv += ["--agent", "rebrac", "--value-guidance", 0.1, "--behaviour-guidance", 0.1]
     whole = call(*argv, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     points = json.loads((tmp_path / "whole" / "final.json").read_text())["sweep"]
@@ -288,9 +295,7 @@ def test_damaged_run_folders_are_one_clear_line(finished, tmp_path, capsys):
 
 
 def test_a_diverging_agent_is_one_clear_line_and_no_result(tmp_path, toy_file, capsys, monkeypatch):
-    import agents
-
-    monkeypatch.setitem(agents.AGENTS, "bc", lambda: agents.bc(lr=float("nan")))
+    monkeypatch.setattr(agents, "make_agent", lambda name, **_: agents.bc(lr=float("nan")))
     args = ["--dataset-path", str(toy_file), *TINY, "--agent", "bc"]
     with pytest.raises(SystemExit):
         pgd.main([*args, "--out", str(tmp_path / "r")])
@@ -325,7 +330,12 @@ def test_every_setting_has_its_own_help_line():
     done = call("--help", env=os.environ | {"COLUMNS": "80"})  # one column of settings
     shown = "".join(done.stdout.replace("│", " ").split())
     source = (ROOT / "pgd.py").read_text()
+    for name, hyper in agents.hyperparameters("td3_bc").items():
+        assert f"--hyper.{name.replace('_', '-')}" in shown
+        assert "".join(hyper.help.split()) in shown, name
     for field in dataclasses.fields(pgd.Config):
+        if field.name == "hyper":
+            continue
         line = next(x for x in source.splitlines() if x.startswith(f"    {field.name}: "))
         assert "  # " in line, field.name
         assert "".join(line.split("  # ")[1].split()) in shown, field.name
