@@ -8,9 +8,9 @@
     state, metrics = agent.update(key, state, batch)
 
 Everything is written for one seed; vmap adds the seed axis. Observations arrive standardised and
-actions scaled to [-1, 1]. A batch is any object with fields obs (B, O), action (B, A), reward (B,),
+actions scaled to [-1, 1]. A batch has the fields obs (B, O), action (B, A), reward (B,),
 next_obs (B, O) and done (B,), done being 1 only at a true terminal; rebrac also wants next_action
-(B, A), NaN where it is not known.
+(B, A), NaN where it is not known. It is a pytree, such as a NamedTuple.
 """
 
 import inspect
@@ -525,7 +525,7 @@ def sac(
         actor = init_mlp(key_actor, (obs_dim, *hidden, 2 * act_dim))
         critic = init_critics(key_critic, num_critics, obs_dim, act_dim, hidden)
         log_alpha = jnp.zeros(())
-        opts = actor_optimiser.init(actor), optimiser.init(critic), optimiser.init(log_alpha)
+        opts = actor_optimiser.init(actor), optimiser.init(critic), actor_optimiser.init(log_alpha)
         return SACState(actor, opts[0], critic, critic, opts[1], log_alpha, opts[2])
 
     def critic_loss(critic, key, target, actor, batch):
@@ -545,16 +545,16 @@ def sac(
 
     critic_step = make_step(optimiser, critic_loss)
     actor_step = make_step(actor_optimiser, actor_loss)
-    alpha_step = make_step(optimiser, alpha_loss)
+    alpha_step = make_step(actor_optimiser, alpha_loss)
 
     def update(key, state, batch):
-        key_critic, key_actor = jax.random.split(key)
+        key_critic, key_actor, key_penalty = jax.random.split(key, 3)
         alpha = jnp.exp(state.log_alpha)
         next_action, log_pi = tanh_sample(key_critic, state.actor, batch.next_obs)
         next_v = min_q(state.critic_target, batch.next_obs, next_action)
         target = bellman_target(batch, gamma, next_v - alpha * log_pi if soft_target else next_v)
         critic, critic_opt, m_critic = critic_step(
-            state.critic, state.critic_opt, jax.random.fold_in(key_critic, 1), target, state.actor,
+            state.critic, state.critic_opt, key_penalty, target, state.actor,
             batch,
         )  # fmt: skip
         actor, actor_opt, m_actor = actor_step(
@@ -627,7 +627,7 @@ def cql(
     gamma: float = 0.99,  # discount
     tau: float = 0.005,  # Polyak rate of the target network
     lr: float = 3e-4,  # Adam's learning rate, of the critics (Appendix F)
-    actor_lr: float = 3e-5,  # and of the actor (Appendix F)
+    actor_lr: float = 3e-5,  # and of the actor (Appendix F) and the temperature (CORL)
     hidden: tuple[int, ...] = (256, 256, 256),  # widths of the hidden layers (CORL)
 ) -> Agent:
     """CQL(H) (arXiv 2006.04779, equation 4): SAC whose critics are pushed down on actions of the
@@ -688,7 +688,7 @@ REBRAC = {  # (actor_bc, critic_bc) by data set (2305.09836, Appendix)
     "relocate-cloned": (0.1, 0.01),
     "relocate-expert": (0.05, 0.01),
 }
-EDAC = {  # (num_critics, diversity) by data set (2110.01548, Appendix)
+EDAC = {  # (num_critics, diversity) by data set (2110.01548, Appendix); others: the defaults
     "halfcheetah-medium": (10, 1.0),
     "halfcheetah-medium-replay": (10, 1.0),
     "halfcheetah-medium-expert": (10, 5.0),
@@ -738,6 +738,10 @@ def check_settings(name: str, settings: dict[str, Any]) -> None:
         raise ValueError(f"{name} has no setting {sorted(unknown)}; it has {', '.join(known)}")
     above_0 = "lr", "actor_lr", "tau", "temperature", "max_weight"
     for key, value in settings.items():
+        kind = known[key].type
+        fits = {float: int | float, int: int}.get(kind, tuple | list)
+        if not isinstance(value, jax.Array | fits):
+            raise ValueError(f"{name}'s {key} cannot be {value!r}")
         low = 0 if known[key].type is float else 2 if (name, key) == ("edac", "num_critics") else 1
         high = 1 if key in ("gamma", "tau", "expectile") else math.inf
         for x in value if isinstance(value, tuple | list) else (value,):
@@ -761,6 +765,9 @@ def make_agent(name: str, **settings) -> Agent:
 
 def main(names: list[str]) -> None:
     """Print what can be set of each algorithm, or of those named."""
+    if {"-h", "--help"} & set(names):
+        print(__doc__)
+        return
     for name in names or AGENTS:
         try:
             known = hyperparameters(name)

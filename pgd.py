@@ -632,11 +632,13 @@ def policy_score(log_prob: Callable) -> Callable:
 
 def value_score(q_value: Callable) -> Callable:
     """q_value(obs (..., O), action (..., A)) -> (...) becomes a score: the sum of Q(s, a) over its
-    mean size. By the actions, its gradient is that of the advantage (arXiv 2604.09035)."""
+    mean size in the trajectory. By the actions, its gradient is that of the advantage (arXiv
+    2604.09035)."""
 
     def score(t):
         q = q_value(jax.lax.stop_gradient(t.obs), t.action)
-        return jnp.sum(q, axis=-1) / jax.lax.stop_gradient(jnp.mean(jnp.abs(q)) + 1e-6)
+        size = jax.lax.stop_gradient(jnp.mean(jnp.abs(q), axis=-1))
+        return jnp.sum(q, axis=-1) / jnp.maximum(size, 1e-6)
 
     return score
 
@@ -673,13 +675,14 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
 
 
 def fix_start(denoiser: Callable, guide: Callable | None, obs: chex.Array):
-    """First observations (B, O), standardised -> denoiser and guide of trajectories that begin
-    there (inpainting).
+    """First observations (B, O), standardised -> denoiser(x, sigma ()) and guide of trajectories
+    that begin there (inpainting).
 
-    The denoised trajectory starts at obs, and so does the sample; the rest of it follows what it
-    would have started at by reconstruction guidance (arXiv 2204.03458, section 3.1), with the
-    variance that a standardised channel has left at this noise, which takes a gradient through the
-    denoiser. The guide pushes the rest alone.
+    The denoised trajectory starts at obs, and so does the sample; the rest of it follows by a
+    gradient through the denoiser of how far it would have started from there: reconstruction
+    guidance (arXiv 2204.03458, section 3.1), weighted by the variance that a standardised channel
+    has left at this noise (pseudoinverse-guided diffusion, Song et al., ICLR 2023). The guide
+    pushes the rest alone.
     """
     o = obs.shape[-1]
 
@@ -694,7 +697,7 @@ def fix_start(denoiser: Callable, guide: Callable | None, obs: chex.Array):
         return known(denoised + sigma**2 * pull, obs)
 
     def kept(x, denoised, sigma, step):
-        return known(guide(x, denoised, sigma, step), x[..., 0, :o])
+        return known(guide(x, known(denoised, obs), sigma, step), x[..., 0, :o])
 
     return conditional, kept if guide else None
 
@@ -752,12 +755,10 @@ def make_diffusion(
     """The trajectory diffusion model: EDM training, guided sampling.
 
     batch_axis: a mesh axis whose devices share the work on this one model. cloner: the Agent that
-    learns the log's policy beside the denoiser, where there is behaviour guidance. terms: further
-    weights and scores for make_guide, in every round.
+    learns the log's policy beside the denoiser, for behaviour guidance. terms: further weights and
+    scores for make_guide, in every round.
     """
-    if is_zero(config.behaviour_guidance):
-        cloner = None
-    elif cloner is None:
+    if cloner is None and not is_zero(config.behaviour_guidance):
         raise UserError("behaviour guidance needs a cloner, such as agents.bc()")
 
     def learning_rate(step):
@@ -790,9 +791,9 @@ def make_diffusion(
         return edm_loss(make_denoiser(params, start), *batch)
 
     def init(key):
-        key_init, _ = jax.random.split(key)
+        key_init, _, key_clone = jax.random.split(key, 3)
         params = init_unet(key_init, obs_dim + act_dim + 2, config)
-        clone = cloner.init(jax.random.fold_in(key_init, 1), obs_dim, act_dim) if cloner else ()
+        clone = cloner.init(key_clone, obs_dim, act_dim) if cloner else ()
         step = jnp.zeros((), jnp.int32)
         return DenoiserState(params, params, optimiser.init(params), step, clone)
 
@@ -870,7 +871,11 @@ def make_diffusion(
             lambda k: loss_fn(state.ema, draw(k, dataset, dataset.val_starts, 128, Config)),
             jax.random.split(jax.random.fold_in(jax.random.key(0), 2**31 - 1), 8),
         )
-        return {"validation_loss": jnp.mean(losses)}
+        metrics = {"validation_loss": jnp.mean(losses)}
+        if cloner is not None:
+            t = dataset.transitions(dataset.val_rows[: 2**14])
+            metrics["clone_log_prob"] = jnp.mean(cloner.log_prob(state.clone, t.obs, t.action))
+        return metrics
 
     num_chunks = config.fit_steps // config.fit_chunk
     return Generator(init, fit_chunk, num_chunks, generate, validate, config.horizon, sample)
@@ -1170,6 +1175,9 @@ def check_config(c: Config) -> None:
     } | {
         "--env and --dataset-path must not be empty": "" not in (c.env, c.dataset_path),
         "--horizon must be at least 2": c.horizon >= 2,
+        "--value-guidance, --behaviour-guidance and --condition-on-start need --synthetic "
+        "diffusion": c.synthetic == "diffusion"
+        or not (c.value_guidance or c.behaviour_guidance or c.condition_on_start),
         "--export needs --synthetic diffusion or world-model": not c.export
         or c.synthetic != "none",
         "--export takes no --sweep: export one setting at a time": not (c.export and c.sweep),
@@ -1221,13 +1229,14 @@ def sweep_points(config: Config) -> list[dict[str, float]]:
     used = FIT_FIELDS[config.synthetic] + SAMPLE_FIELDS[config.synthetic]
     idle = ("eta",) if config.sampler == "heun" else ("s_churn", "s_tmin", "s_tmax", "s_noise")
     used = tuple(name for name in used if name not in idle)
-    used += tuple(f"hyper.{name}" for name, x in config.hyper.items() if isinstance(x, float))
+    known |= {f"hyper.{name}": type(x) for name, x in config.hyper.items()}
+    used += tuple(name for name in known if name.startswith("hyper.") and known[name] is float)
     for word in config.sweep:
         try:
             number = float(word)
         except ValueError:
             name = word.lstrip("-").replace("-", "_")
-            if name not in (*known, *used) or name in values:
+            if name not in known or name in values:
                 what = "is named twice" if name in values else "is not a setting"
                 raise UserError(f"--sweep {word}: {name} {what}") from None
             if name not in used:
@@ -1294,12 +1303,17 @@ def parse_config(argv: Sequence[str], small_tasks: Sequence[str]) -> Config:
     # Of Config's name and module, so that tyro finds the help lines in Config's source
     Flags = dataclasses.make_dataclass("Config", [field], bases=(Config,), frozen=True)
     Flags.__module__ = Config.__module__
+    if hasattr(Config, "__firstlineno__"):  # Python 3.13 goes by it
+        Flags.__firstlineno__ = Config.__firstlineno__
     start = Flags(**PRESETS.get(preset, {}))
+    usage = "--sweep wants a field, without dashes, and its values: --sweep guidance 0 0.5 1"
+    if "--sweep" in argv[:-1] and argv[argv.index("--sweep") + 1].startswith("--"):
+        raise UserError(usage)
     flags = tyro.cli(Flags, args=argv, default=start, description=__doc__)
     config = Config(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Config)})
     config = dataclasses.replace(config, hyper=dataclasses.asdict(flags.hyper))
     if "--sweep" in argv and not config.sweep:
-        raise UserError("--sweep wants a field and its values: --sweep guidance 0 0.5 1")
+        raise UserError(usage)
     return config
 
 
@@ -1364,9 +1378,10 @@ def build(config: Config) -> Session:
             agent = agents.make_agent(config.agent, **with_settings(config, point).hyper)
     except ValueError as e:
         raise UserError(str(e)) from e
-    values = [with_settings(config, point).value_guidance for point in points]
-    if agent.q_value is None and any(values):
+    every = [with_settings(config, point) for point in points]
+    if agent.q_value is None and any(c.value_guidance for c in every):
         raise UserError(f"--value-guidance needs an agent with a critic, not {config.agent}")
+    cloner = agents.bc() if any(c.behaviour_guidance for c in every) else None
     config = dataclasses.replace(config, precision=devices.precision(config.precision))
     fit_batch = config.fit_batch if config.synthetic == "diffusion" else None
     mesh = devices.make_mesh(len(points), config.num_seeds, config.devices, fit_batch)
@@ -1389,9 +1404,7 @@ def build(config: Config) -> Session:
     def make(config, batch_axis="batch" if mesh.shape["batch"] > 1 else None):
         agent = agents.make_agent(config.agent, **config.hyper)
         makers = {
-            "diffusion": functools.partial(
-                make_diffusion, batch_axis=batch_axis, cloner=agents.bc()
-            ),
+            "diffusion": functools.partial(make_diffusion, batch_axis=batch_axis, cloner=cloner),
             "world-model": world_model.make_world_model,
             "none": make_resampler,
         }
@@ -1656,7 +1669,10 @@ def export(config: Config, session: Session, gen_state, state) -> list[str]:
         log = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         how = f"world model, penalty {config.penalty:g}"
         if config.synthetic == "diffusion":
-            how = f"guidance {config.guidance:g}"
+            weights = [("guidance", config.guidance), ("value guidance", config.value_guidance),
+                       ("behaviour guidance", config.behaviour_guidance)]  # fmt: skip
+            how = ", ".join(f"{name} {w:g}" for name, w in weights if w) or "unguided"
+            how += ", starting in logged states" * config.condition_on_start
         about = f"synthetic, {how}, {config.agent} seed {seed}, trained on {session.task.source}"
         target = data.export_target(config.export, seed, len(seeds))
         data.export(target, log, session.task, about)

@@ -140,7 +140,7 @@ class Run:
                 which = ", ".join(f"{key} {value}" for key, value in run.items())
                 raise RunError(
                     f"{name} is not finite in round {round_index} of {which}: the agent has "
-                    "diverged, or its denoiser; lower --fit-lr or --guidance"
+                    "diverged, or its denoiser; lower --hyper.lr, --fit-lr or --guidance"
                 )
         columns = {k: np.float64(v).ravel().round(6).tolist() for k, v in metrics.items()}
         for i, run in enumerate(self.runs()):
@@ -184,6 +184,7 @@ class Run:
             "source": task.source,
             "guidance": None if "guidance" in self.points[0] else guidance,
             "preset": config.preset,
+            "hyper": config.hyper,
         }
         of_all = {k: v for k, v in held_out.items() if not isinstance(v, list)}
         about |= _results(last) | of_all
@@ -280,7 +281,7 @@ def table(final: dict) -> str:
     lines.append("")
     held_out = ("validation_loss", "validation_error", "validation_r2", "within_1_sigma")
     likelihoods = () if "sweep" in final else ("log_prob_synthetic", "log_prob_real")
-    for name in (*held_out, "within_2_sigma", *likelihoods):
+    for name in (*held_out, "within_2_sigma", "clone_log_prob", *likelihoods):
         if final.get(name) is not None:
             lines.append(f"  {name.replace('_', ' '):<20}{final[name]:>10.4g}")
     total = sum(final["wall_seconds"].values())

@@ -168,10 +168,11 @@ def test_td3_bc_splits_its_batches_and_stops_gradients_into_targets():
     )  # the actor learns from the last batch
 
 
-def test_ensemble_members_start_apart():
-    state = agents.td3_bc().init(jax.random.key(0), O, A)
-    w = state.critic[0][0]
-    assert np.abs(w[0] - w[1]).max() > 0.1
+@pytest.mark.parametrize("name", [n for n in agents.AGENTS if n != "bc"])
+def test_ensemble_members_start_apart(name):
+    state = make(name, hidden=(16, 16)).init(jax.random.key(0), O, A)
+    for w, _ in state.critic:
+        assert np.abs(w[:-1] - w[1:]).max(axis=(1, 2)).min() > 0.05
 
 
 # --- Every loss, its value and its gradient, against numpy ---
@@ -323,7 +324,7 @@ def by_hand(name, before, after, b, settings):
         return 1.5 * np.mean(np.sum(pairs, axis=0)) / (num - 1)
 
     def conservatism(p, q):
-        keys = jax.random.split(jax.random.fold_in(key_a, 1), 3)
+        keys = jax.random.split(jax.random.split(KEY, 3)[2], 3)
         terms = []
         uniform = np.float64(jax.random.uniform(keys[0], (4, B, A), minval=-1.0))
         for i in range(4):
@@ -369,9 +370,10 @@ def test_every_agent_is_checked_by_hand():
 
 @pytest.mark.parametrize("name", agents.AGENTS)
 def test_losses_and_gradients_are_those_computed_by_hand(name):
-    """One update: each reported loss, and the gradient that its optimiser was given along random
-    directions, against numpy. In numpy all but the trained parameters is constant, so a gradient
-    that leaked through a target, a weight or another network would show."""
+    """One update: each reported loss, the gradient that its optimiser was given along random
+    directions, and the size of its step, against numpy. In numpy all but the trained parameters is
+    constant, so a gradient that leaked through a target, a weight or another network would
+    show."""
     settings = SMALL | BY_HAND[name] | ({} if name == "bc" else {"gamma": 0.9})
     agent = agents.make_agent(name, **settings)
     before = agent.init(jax.random.key(3), O, A)
@@ -403,6 +405,10 @@ def test_losses_and_gradients_are_those_computed_by_hand(name):
             numeric = (at(1e-5) - at(-1e-5)) / 2e-5
             exact = sum(np.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (gradient, way))))
             assert exact == pytest.approx(numeric, rel=5e-3, abs=1e-4), what
+        net = what.removesuffix("_loss").replace("alpha", "log_alpha")
+        step = jax.tree.map(lambda x, y: np.abs(x - y).max(), getattr(after, net), params)
+        lr = 3e-5 if name == "cql" and net != "critic" else 1e-3 if name == "rebrac" else 3e-4
+        assert max(jax.tree.leaves(step)) == pytest.approx(lr, rel=0.02), what  # Adam's first
 
 
 @pytest.mark.parametrize("name", [n for n in agents.AGENTS if n != "bc"])
@@ -432,7 +438,7 @@ def test_the_order_of_a_batch_does_not_matter(name, settings):
         assert one[key] == pytest.approx(float(two[key]), rel=1e-5)
 
 
-def test_sac_n_with_two_critics_is_sac_and_more_critics_are_more_pessimistic():
+def test_more_critics_are_more_pessimistic():
     values = []
     for num in (2, 10):
         agent = agents.sac_n(num_critics=num, hidden=(16,))
@@ -495,6 +501,8 @@ def test_the_papers_values_of_a_data_set_are_the_defaults_there():
         ("td3_bc", {"gamma": 1.5}, "gamma cannot be 1.5"),
         ("edac", {"num_critics": 1}, "num_critics cannot be 1"),
         ("bc", {"hidden": ()}, "hidden must not be empty"),
+        ("bc", {"hidden": 256}, "bc's hidden cannot be 256"),
+        ("sac_n", {"num_critics": 2.5}, "num_critics cannot be 2.5"),
         ("cql", {"conservatism": float("nan")}, "conservatism cannot be nan"),
     ],
 )

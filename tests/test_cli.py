@@ -183,11 +183,14 @@ def test_a_log_without_a_simulator_reports_losses_and_likelihoods(tmp_path):
         (["--sweep", "guidance", "0", "1", "--export", "x.npz"], "one setting at a time"),
         (["--synthetic", "none", "--sweep", "guidance", "0", "1"], "does nothing here"),
         (["--devices", "99"], "this machine has 1"),
-        (["--sweep"], "wants a field and its values"),
+        (["--sweep"], "wants a field, without dashes, and its values"),
         (["--num-hosts", "2"], "need --distributed"),
         (["--agent", "iql", "--hyper.gamma", "1.5"], "iql's gamma cannot be 1.5"),
         (["--sweep", "hyper.alpha", "1", "nan"], "td3_bc's alpha cannot be nan"),
         (["--sweep", "hyper.expectile", "0.7", "0.9"], "hyper.expectile is not a setting"),
+        (["--sweep", "hyper.hidden", "8", "16"], "not a number to vary"),
+        (["--sweep", "--hyper.alpha", "1", "2"], "without dashes"),
+        (["--synthetic", "none", "--condition-on-start"], "need --synthetic diffusion"),
         (["--agent", "bc", "--value-guidance", "1"], "needs an agent with a critic, not bc"),
         (["--agent", "bc", "--sweep", "value-guidance", "0", "1"], "with a critic, not bc"),
     ],
@@ -212,20 +215,23 @@ def test_mistakes_are_one_clear_line(args, message, tmp_path, toy_file, monkeypa
 def test_a_sweep_killed_half_way_goes_on_to_the_same_table(tmp_path, toy_file):
     """And in the folder are a row per point and seed, and a figure of the sweep."""
     argv = ["--dataset-path", toy_file, *TINY, "--num-seeds", 2, "--no-shared-denoiser"]
-    argv += ["--sweep", "guidance", 0, 2, "fit-lr", 1e-3, 1e-2, "--hyper.hidden", 16, 16]
-    argv += ["--agent", "rebrac", "--value-guidance", 0.1, "--behaviour-guidance", 0.1]
+    argv += ["--sweep", "behaviour-guidance", 0, 2, "fit-lr", 1e-3, 1e-2]
+    argv += ["--agent", "rebrac", "--value-guidance", 0.1, "--hyper.hidden", 16, 16]
     whole = call(*argv, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     points = json.loads((tmp_path / "whole" / "final.json").read_text())["sweep"]
     grid = [(0.0, 1e-3), (0.0, 1e-2), (2.0, 1e-3), (2.0, 1e-2)]
-    assert [(p["guidance"], p["fit_lr"]) for p in points] == grid
+    assert [(p["behaviour_guidance"], p["fit_lr"]) for p in points] == grid
     assert all(p["seeds"] == [0, 1] for p in points)
     assert len({p["log_prob_synthetic"] for p in points}) == 4
     assert points[0]["validation_loss"] == points[2]["validation_loss"]  # of the same fit-lr
     assert points[0]["validation_loss"] != points[1]["validation_loss"]
     assert (tmp_path / "whole" / "sweep.png").stat().st_size > 10_000
     rows = (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
-    assert rows[0].startswith("round,guidance,fit_lr,seed,updates") and len(rows) == 1 + 3 * 4 * 2
+    assert (
+        rows[0].startswith("round,behaviour_guidance,fit_lr,seed,updates")
+        and len(rows) == 1 + 3 * 4 * 2
+    )
 
     env = os.environ | {"PGD_SAVE_EVERY": "0"}
     half = subprocess.Popen(

@@ -160,20 +160,11 @@ def test_value_guidance_is_the_gradient_of_q_by_the_actions_over_its_size():
     moved, x, dataset = moved_by([(0.5, pgd.value_score(q_value))], config)
     t = pgd.split_steps(dataset, x)
     action, std = np.asarray(t.action), np.asarray(dataset.normalizer.std[3:5])
-    slope = np.array([1.0, -2.0]) * (1 - action**2) * std / np.abs(q_value(t.obs, t.action)).mean()
+    size = np.abs(q_value(t.obs, t.action)).mean(1)[:, None, None]  # of each trajectory
+    slope = np.array([1.0, -2.0]) * (1 - action**2) * std / size
     lambda_n = RATE * ((1 - 3 / 16) + 0.3 * np.sin(np.pi * 4 / 16))
     np.testing.assert_allclose(moved[..., 3:5], 0.5 * lambda_n * slope, rtol=1e-4, atol=1e-6)
     assert np.all(moved[..., :3] == 0) and np.all(moved[..., 5:] == 0)
-
-
-def test_by_the_actions_an_advantage_has_the_gradient_of_q():
-    value = lambda obs: 7.0 * jnp.sum(obs**2, axis=-1)
-    advantage = lambda t: jnp.sum(
-        (q_value(t.obs, t.action) - value(t.obs)) - jax.lax.stop_gradient(0.0), axis=-1
-    )
-    by_action = lambda t: advantage(t._replace(obs=jax.lax.stop_gradient(t.obs)))
-    a, b = (moved_by([(1.0, f)])[0] for f in (by_action, pgd.value_score(q_value)))
-    np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_a_score_of_ones_own_moves_everything_it_depends_on():
@@ -270,15 +261,33 @@ def test_a_fixed_start_is_exact_in_every_sample_and_the_rest_follows_it(sampler,
         )
 
 
+@pytest.mark.parametrize("trained_so", [False, True])
+def test_samples_start_where_the_user_says(trained_so):
+    config = dataclasses.replace(
+        CONFIG, features=16, blocks=1, sample_steps=8, condition_on_start=trained_so
+    )
+    dataset = pgd.make_dataset(toy_log(), config)
+    diffusion = pgd.make_diffusion(config, 3, 2)
+    start = jnp.linspace(-2.0, 2.0, 12).reshape(4, 3)
+    terms = [(0.1, mine), (0.1, POLICY)]
+    state = diffusion.init(jax.random.key(0))
+    x = jax.jit(lambda s, d: diffusion.sample(jax.random.key(1), s, d, terms, start))(
+        state, dataset
+    )
+    assert x.shape == (4, 8, 7) and np.isfinite(x).all()
+    np.testing.assert_array_equal(x[:, 0, :3], start)
+
+
 def generated(config, **settings):
     """A briefly fitted diffusion's trajectories under a TD3+BC agent -> (Transition, dataset,
-    state)."""
+    state); with a cloner where there is behaviour guidance."""
     config = dataclasses.replace(
         config, features=16, blocks=1, fit_steps=100, fit_batch=16, batch_size=32, sample_steps=8,
         trajectories=32, sample_batch=16, guidance_denoised=True, **settings,
     )  # fmt: skip
     dataset = pgd.make_dataset(toy_log(), config)
-    diffusion = pgd.make_diffusion(config, 3, 2, cloner=agents.bc(hidden=(16,)))
+    cloner = agents.bc(hidden=(16,)) if config.behaviour_guidance else None
+    diffusion = pgd.make_diffusion(config, 3, 2, cloner=cloner)
     agent = agents.td3_bc(hidden=(16,))
 
     @jax.jit
