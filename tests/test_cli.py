@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,23 @@ def finished(tmp_path_factory):
     done = call("--preset", "smoke", "--num-seeds", 2, "--out", folder)
     assert done.returncode == 0, done.stderr
     return folder, done
+
+
+def test_the_readmes_examples_of_guides_run(finished):
+    """As they stand there, but on a finished run of the smoke preset, in smaller batches."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("\n## Guides\n") : readme.index("\n## What a run leaves\n")]
+    code = "".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+    code = code.replace("runs/mine", str(finished[0])).replace("(128,)", "(8,)")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *start, zero, low, high, early1, _, _, expert = done.stdout.splitlines()
+    first = np.float64(start[0].strip("[ ]").split())
+    np.testing.assert_allclose(first, [-1.0, 0.0, 0.0], atol=1e-5)
+    rewards = [float(line.split()[1]) for line in (zero, low, high)]
+    assert rewards[0] < rewards[1] < rewards[2]
+    assert early1.startswith("early1 ") and np.isfinite(float(expert.split()[1]))
 
 
 def test_a_run_leaves_its_folder_and_prints_its_table(finished):
