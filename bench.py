@@ -98,8 +98,8 @@ def unet_flops(config: pgd.Config) -> float:
 
 def part(what: str, m: Measured, per: float, flops: float, rate: float) -> dict:
     """A row: m made `per` of what is meant, in `flops` operations."""
-    row = {"what": what, "ms": m.seconds / per * 1e3, "of_matmul": flops / m.seconds / rate}
-    return row | {"compile_s": m.compile_s, "memory_mb": m.memory_mb}
+    row = {"what": what, "ms": m.seconds / per * 1e3, "per_second": per / m.seconds}
+    return row | {"of_matmul": flops / m.seconds / rate} | {"compile_s": m.compile_s, "memory_mb": m.memory_mb}
 
 
 def guided(diffusion: pgd.Generator, agent):
@@ -220,8 +220,7 @@ def bench_agents(dataset: pgd.Dataset, rate: float, updates: int = 200):
         per, what = agent.batches_per_update, ""
         if per > 1:
             what = ", per critic update and half an actor update"
-        row = part(f"{name} update, batch 256{what}", m, updates * per, flop * updates, rate)
-        yield row | {"per_second": updates * per / m.seconds}
+        yield part(f"{name} update, batch 256{what}", m, updates * per, flop * updates, rate)
 
 
 # --- Seeds: one program of many ---
@@ -541,6 +540,7 @@ COLUMNS = {  # of every table: (head, width, how to write it)
     "what": ("what", 72, "{:<72}"),
     "seeds": ("seeds", 5, "{:>5}"),
     "ms": ("ms", 9, "{:>9.3g}"),
+    "per_second": ("per s", 7, "{:>7.4g}"),
     "seconds": ("seconds", 7, "{:>7.1f}"),
     "steps_per_s": ("steps/s", 10, "{:>10,.0f}"),
     "of_matmul": ("of matmul", 9, "{:>9.0%}"),
