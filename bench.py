@@ -99,7 +99,11 @@ def unet_flops(config: pgd.Config) -> float:
 def part(what: str, m: Measured, per: float, flops: float, rate: float) -> dict:
     """A row: m made `per` of what is meant, in `flops` operations."""
     row = {"what": what, "ms": m.seconds / per * 1e3, "per_second": per / m.seconds}
-    return row | {"of_matmul": flops / m.seconds / rate} | {"compile_s": m.compile_s, "memory_mb": m.memory_mb}
+    return (
+        row
+        | {"of_matmul": flops / m.seconds / rate}
+        | {"compile_s": m.compile_s, "memory_mb": m.memory_mb}
+    )
 
 
 def guided(diffusion: pgd.Generator, agent):
