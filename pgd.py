@@ -846,22 +846,18 @@ def make_diffusion(
     def generate(key, state, policy, guided, dataset):
         if not is_zero(config.value_guidance) and policy.q_value is None:
             raise UserError("value guidance needs an agent with a critic, which this one has not")
-        every_term = list(terms)
-        for weight, make_score in [
-            (config.guidance, lambda: policy_score(policy.log_prob)),
-            (config.value_guidance, lambda: value_score(policy.q_value)),
-            (
-                -config.behaviour_guidance,
-                lambda: policy_score(functools.partial(cloner.log_prob, state.clone)),
-            ),
-        ]:
-            if not is_zero(weight):
-                every_term.append((guided * weight, make_score()))
+        clone_log_prob = lambda obs, action: cloner.log_prob(state.clone, obs, action)
+        weighted = [
+            (config.guidance, policy_score(policy.log_prob)),
+            (config.value_guidance, value_score(policy.q_value)),
+            (-config.behaviour_guidance, policy_score(clone_log_prob)),
+        ]
+        own = [(guided * weight, score) for weight, score in weighted if not is_zero(weight)]
 
         keys = jax.random.split(key, config.trajectories // config.sample_batch)
         alone = batch_axis is None or len(keys) % jax.lax.axis_size(batch_axis) != 0
         keys = keys if alone else own_share(keys, batch_axis)
-        x = jax.lax.map(lambda k: sample(k, state, dataset, every_term), keys)
+        x = jax.lax.map(lambda k: sample(k, state, dataset, [*own, *terms]), keys)
         if not alone:
             x = jax.lax.all_gather(x, batch_axis, tiled=True)
         return trajectories_to_transitions(dataset, x.reshape(-1, *x.shape[-2:]))
