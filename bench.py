@@ -215,7 +215,7 @@ def bench_agents(dataset: pgd.Dataset, rate: float, updates: int = 200):
     flops |= {
         "rebrac": 2 * (actor + 8 * critic) + 3 * actor + 4 * critic,
         "sac_n": sac(num),
-        "edac": sac(num) + 6 * num * critic,  # the gradient of a gradient by the action
+        "edac": sac(num) + 4 * num * critic,  # slopes by the action, and the gradient of those
         "cql": sac(2) + 20 * actor + 3 * 2 * 30 * critic,
     }
     for name, flop in flops.items():
