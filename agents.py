@@ -147,6 +147,18 @@ def actor_sample(key, actor: dict, obs: chex.Array) -> chex.Array:
     return jnp.clip(mean + noise, -1.0, 1.0)
 
 
+def gaussian_agent(init: Callable, update: Callable, q_value: Callable | None = None) -> Agent:
+    """The Agent whose state holds such an actor as `actor`."""
+    return Agent(
+        init,
+        update,
+        act=lambda state, obs: actor_mean(state.actor, obs),
+        log_prob=lambda state, obs, action: actor_log_prob(state.actor, obs, action),
+        q_value=q_value,
+        sample=lambda key, state, obs: actor_sample(key, state.actor, obs),
+    )
+
+
 # --- Tanh-Gaussian actors: a = tanh(u), u Gaussian with mean and spread of the state's ---
 
 
@@ -198,13 +210,7 @@ def bc(
         actor, opt_state, metrics = actor_step(state.actor, state.opt_state, batch)
         return BCState(actor, opt_state), metrics
 
-    return Agent(
-        init,
-        update,
-        act=lambda state, obs: actor_mean(state.actor, obs),
-        log_prob=lambda state, obs, action: actor_log_prob(state.actor, obs, action),
-        sample=lambda key, state, obs: actor_sample(key, state.actor, obs),
-    )
+    return gaussian_agent(init, update)
 
 
 # --- TD3, and what TD3+BC and ReBRAC make of it ---
@@ -424,14 +430,7 @@ def iql(
         state = IQLState(actor, actor_opt, value, value_opt, critic, critic_target, critic_opt)
         return state, m_value | m_critic | m_actor
 
-    return Agent(
-        init,
-        update,
-        act=lambda state, obs: actor_mean(state.actor, obs),
-        log_prob=lambda state, obs, action: actor_log_prob(state.actor, obs, action),
-        q_value=lambda state, obs, action: min_q(state.critic, obs, action),
-        sample=lambda key, state, obs: actor_sample(key, state.actor, obs),
-    )
+    return gaussian_agent(init, update, lambda state, *args: min_q(state.critic, *args))
 
 
 class AWACState(NamedTuple):
@@ -479,14 +478,7 @@ def awac(
         critic_target = polyak(critic, state.critic_target, tau)
         return AWACState(actor, actor_opt, critic, critic_target, critic_opt), m_critic | m_actor
 
-    return Agent(
-        init,
-        update,
-        act=lambda state, obs: actor_mean(state.actor, obs),
-        log_prob=lambda state, obs, action: actor_log_prob(state.actor, obs, action),
-        q_value=lambda state, obs, action: min_q(state.critic, obs, action),
-        sample=lambda key, state, obs: actor_sample(key, state.actor, obs),
-    )
+    return gaussian_agent(init, update, lambda state, *args: min_q(state.critic, *args))
 
 
 # --- SAC, and what SAC-N, EDAC and CQL make of it ---

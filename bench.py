@@ -611,6 +611,7 @@ TABLES = ("parts", "seeds", "plain", "runs", "host")
 
 
 def main() -> None:
+    """The command line: the tables asked for, printed row by row and perhaps saved."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -650,6 +651,7 @@ def main() -> None:
 
 
 def parts(features: list[int], dataset: pgd.Dataset, rate: float) -> Iterator[dict]:
+    """Rows for every part alone, the denoiser's at each number of features."""
     yield from bench_agents(dataset, rate)
     yield from bench_world_model(dataset, rate)
     for num in features:
