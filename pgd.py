@@ -465,8 +465,8 @@ def residual_block(block: dict, x: chex.Array, emb: chex.Array, config: Config) 
     return (dense(block["skip"], x) if "skip" in block else x) + h
 
 
-def init_unet(key, dim: int, config: Config) -> dict:
-    """D channels in and out -> parameters."""
+def init_unet(key, dim: int, config: Config, told: int = 0) -> dict:
+    """D channels in and out, `told` more only in -> parameters."""
     f, key = config.features, iter(jax.random.split(key, 4 + 2 * config.levels * config.blocks))
     widths = [f * 2**level for level in range(config.levels)]
 
@@ -478,7 +478,7 @@ def init_unet(key, dim: int, config: Config) -> dict:
 
     return {
         "embed": [init_dense(next(key), f, f), init_dense(next(key), f, f)],
-        "in": init_dense(next(key), config.kernel * dim, f),
+        "in": init_dense(next(key), config.kernel * (dim + told), f),
         "down": [init_blocks(c_in, c) for c_in, c in zip([f, *widths], widths)],
         "up": [init_blocks(2 * c + c, c) for c in widths[:-1]],
         "out": init_dense(next(key), config.kernel * f, dim, scale=0.0),
@@ -486,8 +486,8 @@ def init_unet(key, dim: int, config: Config) -> dict:
 
 
 def unet(params: dict, x: chex.Array, c_noise: chex.Array, config: Config) -> chex.Array:
-    """x (..., T, D), c_noise broadcastable to (...) -> (..., T, D), float32 as the parameters are;
-    with --precision bfloat16 the products between are not."""
+    """x (..., T, D + told), c_noise broadcastable to (...) -> (..., T, D), float32 as the
+    parameters are; with --precision bfloat16 the products between are not."""
     dtype = jnp.bfloat16 if config.precision == "bfloat16" else jnp.float32
     params, x = jax.tree.map(lambda p: p.astype(dtype), (params, x))
     frequencies = jnp.exp(jnp.linspace(0.0, jnp.log(1000.0), config.features // 2))
@@ -771,12 +771,20 @@ def make_diffusion(
     optimiser = optax.adam(learning_rate)
 
     def make_denoiser(params, start=None):
-        """start: first observations (B, O) that the network is told, and D(x) has already."""
+        """start: first observations (B, O) that D(x) has already. The network is told them at every
+        step: one that sees a few steps round each makes the rest of a trajectory without them."""
+        if start is None:
+            return precondition(lambda x, c_noise: unet(params, x, c_noise, config))
 
         def known(x):
-            return x if start is None else x.at[..., 0, :obs_dim].set(start)
+            return x.at[..., 0, :obs_dim].set(start)
 
-        denoiser = precondition(lambda x, c_noise: unet(params, known(x), c_noise, config))
+        def network(x, c_noise):
+            everywhere = jnp.broadcast_to(start[:, None], (*x.shape[:-1], obs_dim))
+            x = jnp.concatenate([known(x), everywhere], axis=-1)
+            return unet(params, x, c_noise, config)
+
+        denoiser = precondition(network)
         return lambda x, sigma: known(denoiser(x, sigma))
 
     def draw(key, dataset, starts, num, noise=config):
@@ -792,7 +800,8 @@ def make_diffusion(
 
     def init(key):
         key_init, _, key_clone = jax.random.split(key, 3)
-        params = init_unet(key_init, obs_dim + act_dim + 2, config)
+        told = obs_dim if config.condition_on_start else 0
+        params = init_unet(key_init, obs_dim + act_dim + 2, config, told)
         clone = cloner.init(key_clone, obs_dim, act_dim) if cloner else ()
         step = jnp.zeros((), jnp.int32)
         return DenoiserState(params, params, optimiser.init(params), step, clone)

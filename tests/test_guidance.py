@@ -311,6 +311,28 @@ def test_condition_on_start_begins_in_logged_states():
     assert np.all(np.abs(firsts[:, None] - logged[None]).max(-1).min(1) > 0)
 
 
+def test_every_step_of_a_conditioned_sample_knows_the_start():
+    """A log whose observations stay what they were: even the last step, which the convolutions of
+    this network cannot see from the first, has to be where the trajectory starts."""
+    config = dataclasses.replace(
+        CONFIG, horizon=16, features=16, blocks=1, fit_steps=600, fit_chunk=600, fit_batch=32,
+        fit_lr=3e-3, condition_on_start=True, guidance_every=2,
+    )  # fmt: skip
+    log = toy_log(episodes=100)
+    log["observations"] = np.repeat(log["observations"][::40], 40, axis=0)
+    dataset = pgd.make_dataset(log, config)
+    diffusion = pgd.make_diffusion(config, 3, 2)
+    start = jax.random.normal(jax.random.key(1), (64, 3))
+
+    @jax.jit
+    def sample(key, dataset):
+        state, _ = diffusion.fit_chunk(key, diffusion.init(key), dataset)
+        return diffusion.sample(key, state, dataset, start=start)
+
+    last = np.asarray(sample(jax.random.key(0), dataset))[:, -1, :3]
+    assert np.mean((last - start) ** 2) < 0.1
+
+
 def test_each_weight_of_the_config_is_its_guide():
     """What generate() makes of value and behaviour weights: samples that the critic values more,
     that the clone finds less likely."""
