@@ -1,8 +1,9 @@
 """What fixed starts, steering by reward and off-line evaluation are worth on pendulum-medium.
 
 python pgd.py --rounds 2 --updates 3000 --out plain
-python pgd.py --rounds 2 --updates 3000 --condition-on-start --out conditioned
-PYTHONPATH=. python results/guides/measure.py plain conditioned
+python pgd.py --rounds 1 --updates 1 --condition-on-start --out conditioned
+python pgd.py --rounds 1 --updates 1 --condition-on-start --horizon 8 --fit-batch 64 --out short
+PYTHONPATH=. python results/guides/measure.py plain conditioned short
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 
 import agents
 import analysis
-import data
+import envs
 import pgd
 
 NUM = 256
@@ -41,8 +42,9 @@ def dynamics_error(session, x):
 
 
 def starts():
-    print("dynamics error of transition 1, 2, 6, 16, 31; starts from held-out windows")
-    for folder, given in [(sys.argv[1], False), (sys.argv[1], True), (sys.argv[2], True)]:
+    print("dynamics error of a window's transitions; given starts are those of held-out windows")
+    plain, conditioned, short = sys.argv[1:]
+    for folder, given in [(plain, False), (plain, True), (conditioned, True), (short, True)]:
         session, diffusion, state = load(folder)
         dataset = session.dataset
         windows = jax.random.choice(key, dataset.val_starts, (NUM,))
@@ -52,7 +54,8 @@ def starts():
         )
         error = np.nanmean(dynamics_error(session, x), axis=0)
         what = "given starts" if given else "its own starts"
-        print(f"  {folder}, {what}: " + ", ".join(f"{error[i]:.4f}" for i in (0, 1, 5, 15, 30)))
+        at = [i for i in (1, 2, 6, 7, 16, 31) if i <= len(error)]
+        print(f"  {folder}, {what}: " + ", ".join(f"{error[i - 1]:.5f} ({i})" for i in at))
 
 
 def steering():
@@ -67,34 +70,35 @@ def steering():
         print(f"  {weight:g}: {reward:.2f}, {np.nanmean(dynamics_error(session, x)):.4f}")
 
 
-def evaluation():
-    print("off-line evaluation: policy, its return, estimates with lambda 0, 0.25, 1")
-    session, diffusion, state = load(sys.argv[2])
-    dataset = session.dataset
+def evaluation(folder):
+    print(f"off-line evaluation by {folder}: policy, its return, estimates with lambda 0, 0.25, 1")
+    session, diffusion, state = load(folder)
+    dataset, length = session.dataset, session.config.horizon - 1
     first = dataset.steps[::200, : dataset.obs_dim][:500]
+    num = 200 // length
     for name in ("early1", "early2", "medium", "expert"):
-        other = pgd.target_policy(
-            agents.sac_n(), analysis.shipped_policy(f"pendulum-{name}", dataset)
-        )
+        agent, other = agents.sac_n(), analysis.shipped_policy(f"pendulum-{name}", dataset)
+        score = pgd.policy_score(pgd.target_policy(agent, other).log_prob)
         estimates = []
         for weight in (0.0, 0.25, 1.0):
-            terms = [(weight, pgd.policy_score(other.log_prob))]
 
             @jax.jit
-            def rewards(key, state, dataset, first, terms=terms):
+            def rewards(key, state, dataset, first, terms=((weight, score),)):
                 def window(obs, key):
                     t = pgd.split_steps(dataset, diffusion.sample(key, state, dataset, terms, obs))
                     return t.obs[:, -1], t.reward[:, :-1].sum(axis=1)
 
                 obs = jax.random.choice(key, first, (NUM,))
-                return jax.lax.scan(window, obs, jax.random.split(key, 6))[1]
+                return jax.lax.scan(window, obs, jax.random.split(key, num))[1]
 
-            total = rewards(key, state, dataset, first).sum(axis=0) * 200 / 186
+            total = rewards(key, state, dataset, first).sum(axis=0) * 200 / (num * length)
             estimates.append(f"{float(total.mean()):.0f} ({float(total.std()) / NUM**0.5:.0f})")
-        meta = data.Policy.load(data.HERE / "policies" / f"pendulum-{name}.npz").meta
-        print(f"  {name}: {meta['mean_return']:.0f}; {', '.join(estimates)}")
+        judge = envs.evaluator_in_program(session.task.simulator, NUM)
+        true = judge(key, pgd.make_act(agent, other, dataset))
+        print(f"  {name}: {true.mean():.0f} ({true.std() / NUM**0.5:.0f}); {', '.join(estimates)}")
 
 
 starts()
 steering()
-evaluation()
+evaluation(sys.argv[2])
+evaluation(sys.argv[3])
