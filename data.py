@@ -1376,6 +1376,7 @@ def download_command(name: tyro.conf.Positional[str], mirror: str | None = None)
 
 
 def main() -> None:
+    """The command line: one of the commands, an error as one line and status 2."""
     commands = {
         "list": list_command,
         "info": info_command,

@@ -411,11 +411,13 @@ def convolve(x: chex.Array, w: chex.Array, kernel: int) -> chex.Array:
 
 
 def convolve_forward(x, w, kernel):
+    """-> convolve's value, and what its backward pass needs."""
     columns = windows(x, kernel)
     return columns @ w, (columns, w)
 
 
 def convolve_backward(kernel, residuals, dy):
+    """dy (..., T, C') -> gradients by x (..., T, C) and w (kernel * C, C')."""
     columns, w = residuals
     dw = jnp.einsum("...i,...j->ij", columns, dy)
     mirrored = w.reshape(kernel, -1, w.shape[-1])[::-1].swapaxes(1, 2)  # (kernel, C', C)
