@@ -59,6 +59,18 @@ def test_gradient_of_log_prob_equals_finite_differences(name):
         assert gradient[i] == pytest.approx(numeric, rel=2e-2, abs=2e-3)
 
 
+@pytest.mark.parametrize("name", ["bc", "iql", "awac", "sac_n", "edac", "cql"])
+def test_the_action_of_evaluation_is_the_middle_of_what_the_policy_samples(name):
+    """Without noise: the median, which neither tanh nor clipping moves."""
+    agent = make(name, hidden=(16, 16))
+    state = agent.init(jax.random.key(0), O, A)
+    obs = jax.random.normal(jax.random.key(1), (5, O))
+    keys = jax.random.split(jax.random.key(2), 10_000)
+    samples = jax.vmap(lambda k: agent.sample(k, state, obs))(keys)
+    assert np.std(samples, axis=0).min() > 0.3
+    np.testing.assert_allclose(agent.act(state, obs), np.median(samples, axis=0), atol=0.06)
+
+
 @pytest.mark.parametrize("name", ["bc", "iql", "awac", "sac_n", "cql"])
 def test_log_prob_is_a_density(name):
     """It integrates to one over the actions it gives mass to."""
