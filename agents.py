@@ -1,16 +1,17 @@
-"""Offline reinforcement-learning algorithms, each an Agent: a NamedTuple of pure functions.
-
-    python agents.py                    # every algorithm's hyperparameters, and where they are from
-    python agents.py rebrac             # of one
+"""python agents.py [NAME ...]   # hyperparameters of every offline RL algorithm, or of those named
 
     agent = td3_bc(alpha=1.0)           # or make_agent("td3_bc", alpha=1.0)
     state = agent.init(key, obs_dim, act_dim)
     state, metrics = agent.update(key, state, batch)
 
-Everything is written for one seed; vmap adds the seed axis. Observations arrive standardised and
-actions scaled to [-1, 1]. A batch has the fields obs (B, O), action (B, A), reward (B,),
-next_obs (B, O) and done (B,), done being 1 only at a true terminal; rebrac also wants next_action
-(B, A), NaN where it is not known. It is a pytree, such as a NamedTuple.
+Each algorithm is an Agent: a NamedTuple of pure functions, written for one seed. Use vmap to add a
+seed axis. Observations are standardised and actions scaled to [-1, 1].
+
+A batch is a pytree, such as a NamedTuple, with these fields:
+
+    obs (B, O), action (B, A), reward (B,), next_obs (B, O)
+    done (B,)            1 at a true terminal, 0 elsewhere and at a time-out
+    next_action (B, A)   read by rebrac only: NaN if unknown; meaningless if done
 """
 
 import inspect
@@ -27,26 +28,29 @@ import optax
 
 
 class Agent(NamedTuple):
-    """The contract between an algorithm and everything else.
+    """An algorithm as pure functions of its state, a pytree.
 
-    A deterministic actor's log_prob is the unit Gaussian round its action, so that nothing
-    downstream asks which agent it is.
+    For a deterministic policy, log_prob is the unit Gaussian centred on its action. Callers
+    therefore need not know which algorithm they hold.
     """
 
     init: Callable  # (key, obs_dim, act_dim) -> state
     update: Callable  # (key, state, batch) -> (state, metrics)
-    act: Callable  # (state, obs (..., O)) -> action (..., A), the action used in evaluation
+    act: Callable  # (state, obs (..., O)) -> noise-free action (..., A), used in evaluation
     log_prob: Callable  # (state, obs (..., O), action (..., A)) -> (...)
-    q_value: Callable | None = None  # (state, obs, action) -> (...), where there is a critic
-    sample: Callable | None = None  # (key, state, obs) -> action, where the policy is stochastic
-    batches_per_update: int = 1  # update() wants this many batches, end to end: B = n * batch_size
+    q_value: Callable | None = None  # (state, obs, action) -> (...); None without a critic
+    sample: Callable | None = None  # (key, state, obs) -> action; None if deterministic
+    batches_per_update: int = 1  # n: update takes n batches concatenated, B = n * batch_size
 
 
-# --- Networks: a multi-layer perceptron is a list of (weights, bias) ---
+# --- Build networks ---
 
 
 def init_mlp(key: chex.PRNGKey, sizes: tuple[int, ...]) -> list[tuple[chex.Array, chex.Array]]:
-    """Layer sizes -> parameters; weights and biases uniform in +-1/sqrt(fan in), as TD3+BC uses."""
+    """sizes (I, ..., O) -> one (weights, bias) per layer.
+
+    Weights and biases are uniform in +-1/sqrt(fan-in), PyTorch's default and so TD3+BC's.
+    """
     layers = []
     for k, fan_in, fan_out in zip(jax.random.split(key, len(sizes) - 1), sizes[:-1], sizes[1:]):
         kw, kb = jax.random.split(k)
@@ -57,8 +61,11 @@ def init_mlp(key: chex.PRNGKey, sizes: tuple[int, ...]) -> list[tuple[chex.Array
 
 
 def mlp(layers: list, x: chex.Array, layer_norm: bool = False) -> chex.Array:
-    """x (..., I) -> (..., O), with a ReLU between layers, and after it perhaps a layer norm, whose
-    scale and shift are the next layer's."""
+    """x (..., I) -> (..., O), with a ReLU after each hidden layer.
+
+    Layer norm, if asked for, follows each ReLU. It has no scale and shift of its own: the next
+    layer's weights and bias express both.
+    """
     for w, b in layers[:-1]:
         x = jax.nn.relu(x @ w + b)
         x = jax.nn.standardize(x) if layer_norm else x
@@ -67,40 +74,42 @@ def mlp(layers: list, x: chex.Array, layer_norm: bool = False) -> chex.Array:
 
 
 def init_critics(key, num: int, obs_dim: int, act_dim: int, hidden: tuple[int, ...]):
-    """An ensemble of Q networks: the parameters of one, with a leading axis (num,)."""
+    """num -> parameters of that many independent Q networks, stacked along a leading axis."""
     sizes = (obs_dim + act_dim, *hidden, 1)
     return jax.vmap(lambda k: init_mlp(k, sizes))(jax.random.split(key, num))
 
 
 def critics(params, obs: chex.Array, action: chex.Array, layer_norm: bool = False) -> chex.Array:
-    """obs (..., O), action (..., A) -> Q values (num, ...)."""
+    """obs (..., O), action (..., A) -> Q values of every ensemble member (num, ...)."""
     x = jnp.concatenate([obs, action], axis=-1)
     return jax.vmap(lambda layers: mlp(layers, x, layer_norm))(params)[..., 0]
 
 
 def min_q(params, obs: chex.Array, action: chex.Array, layer_norm: bool = False) -> chex.Array:
-    """obs (..., O), action (..., A) -> the least of the ensemble's Q values (...)."""
+    """obs (..., O), action (..., A) -> minimum Q value over the ensemble (...)."""
     return jnp.min(critics(params, obs, action, layer_norm), axis=0)
 
 
-# --- Losses and optimisation ---
+# --- Define losses and steps ---
 
 
 def bellman_target(batch, gamma, next_v: chex.Array) -> chex.Array:
-    """Value of the next state (B,) -> r + gamma V(s'), r alone at a terminal (B,)."""
+    """next_v (B,) -> r + gamma V(s') (B,), without the second term at a terminal."""
     return batch.reward + gamma * (1.0 - batch.done) * next_v
 
 
 def bellman_loss(critic, target: chex.Array, batch, layer_norm: bool = False):
-    """Targets (B,) -> squared errors, their mean over the batch and sum over the ensemble."""
+    """target (B,) -> squared error, averaged over the batch and summed over the ensemble."""
     q = critics(critic, batch.obs, batch.action, layer_norm)
     loss = jnp.sum(jnp.mean((q - target) ** 2, axis=-1))
     return loss, {"critic_loss": loss, "q": jnp.mean(q)}
 
 
 def make_step(optimiser: optax.GradientTransformation, loss: Callable) -> Callable:
-    """loss(params, ...) -> (scalar, metrics) becomes step(params, opt_state, ...) ->
-    (params, opt_state, metrics)."""
+    """loss -> step(params, opt_state, ...) -> (params, opt_state, metrics), one gradient step.
+
+    The loss maps (params, ...) to (scalar, metrics).
+    """
 
     def step(params, opt_state, *args):
         grads, metrics = jax.grad(loss, has_aux=True)(params, *args)
@@ -111,44 +120,48 @@ def make_step(optimiser: optax.GradientTransformation, loss: Callable) -> Callab
 
 
 def polyak(params, target, tau):
-    """target <- tau * params + (1 - tau) * target."""
+    """params, target -> tau * params + (1 - tau) * target."""
     return optax.incremental_update(params, target, tau)
 
 
-# --- Gaussian actors with a state-independent spread: a = tanh(mlp(s)) + exp(log_std) * noise ---
+# --- Parametrise Gaussian policies: a = tanh(mlp(s)) + exp(log_std) * noise ---
 
 
 def gaussian_log_prob(x: chex.Array, mean: chex.Array, log_std: chex.Array) -> chex.Array:
-    """x, mean (..., A) -> (...): log density of a diagonal Gaussian."""
+    """x, mean (..., A), log_std (..., A) or (A,) -> log density of a diagonal Gaussian (...)."""
     z = (x - mean) * jnp.exp(-log_std)
     return jnp.sum(-0.5 * z**2 - log_std - 0.5 * jnp.log(2 * jnp.pi), axis=-1)
 
 
+def clip_log_std(log_std: chex.Array) -> chex.Array:
+    """log_std (..., A) -> (..., A) in [-5, 2], EDAC's bounds."""
+    return jnp.clip(log_std, -5.0, 2.0)
+
+
 def init_gaussian_actor(key, obs_dim: int, act_dim: int, hidden: tuple[int, ...]) -> dict:
-    """Parameters of the mean network and one log standard deviation per action."""
+    """obs_dim, act_dim -> parameters of the mean network, and log_std (A,) for every state."""
     return {"mean": init_mlp(key, (obs_dim, *hidden, act_dim)), "log_std": jnp.zeros(act_dim)}
 
 
 def actor_mean(actor: dict, obs: chex.Array) -> chex.Array:
-    """obs (..., O) -> (..., A) in (-1, 1)."""
+    """obs (..., O) -> mean action (..., A) in (-1, 1)."""
     return jnp.tanh(mlp(actor["mean"], obs))
 
 
 def actor_log_prob(actor: dict, obs: chex.Array, action: chex.Array) -> chex.Array:
-    """obs (..., O), action (..., A) -> (...)."""
-    log_std = jnp.clip(actor["log_std"], -5.0, 2.0)
-    return gaussian_log_prob(action, actor_mean(actor, obs), log_std)
+    """obs (..., O), action (..., A) -> log density (...) before actor_sample's clip."""
+    return gaussian_log_prob(action, actor_mean(actor, obs), clip_log_std(actor["log_std"]))
 
 
 def actor_sample(key, actor: dict, obs: chex.Array) -> chex.Array:
     """obs (..., O) -> sampled actions (..., A), clipped to [-1, 1]."""
     mean = actor_mean(actor, obs)
-    noise = jnp.exp(jnp.clip(actor["log_std"], -5.0, 2.0)) * jax.random.normal(key, mean.shape)
+    noise = jnp.exp(clip_log_std(actor["log_std"])) * jax.random.normal(key, mean.shape)
     return jnp.clip(mean + noise, -1.0, 1.0)
 
 
 def gaussian_agent(init: Callable, update: Callable, q_value: Callable | None = None) -> Agent:
-    """The Agent whose state holds such an actor as `actor`."""
+    """init, update, q_value -> an Agent whose policy is the Gaussian actor in state.actor."""
     return Agent(
         init,
         update,
@@ -159,23 +172,26 @@ def gaussian_agent(init: Callable, update: Callable, q_value: Callable | None = 
     )
 
 
-# --- Tanh-Gaussian actors: a = tanh(u), u Gaussian with mean and spread of the state's ---
+# --- Parametrise tanh-Gaussian policies: a = tanh(u), u ~ N(mean(s), std(s)) ---
 
 
 def tanh_gaussian(actor: list, obs: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """obs (..., O) -> mean and log standard deviation of u, (..., A) each."""
+    """obs (..., O) -> mean (..., A) and log standard deviation (..., A) of u."""
     mean, log_std = jnp.split(mlp(actor, obs), 2, axis=-1)
-    return mean, jnp.clip(log_std, -5.0, 2.0)
+    return mean, clip_log_std(log_std)
 
 
 def tanh_log_prob(mean: chex.Array, log_std: chex.Array, u: chex.Array) -> chex.Array:
-    """(..., A) each -> (...): log density of tanh(u) (SAC, arXiv 1812.05905, equation 26)."""
-    log_det = 2.0 * (jnp.log(2.0) - u - jax.nn.softplus(-2.0 * u))  # log(1 - tanh(u)^2), stably
+    """mean, log_std, u (..., A) -> log density of the action tanh(u) (...).
+
+    SAC, arXiv 1812.05905, equation 26.
+    """
+    log_det = 2.0 * (jnp.log(2.0) - u - jax.nn.softplus(-2.0 * u))  # log(1 - tanh(u)^2), stable
     return gaussian_log_prob(u, mean, log_std) - jnp.sum(log_det, axis=-1)
 
 
 def tanh_sample(key, actor: list, obs: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """obs (..., O) -> sampled actions (..., A) in (-1, 1), their log densities (...)."""
+    """obs (..., O) -> sampled actions (..., A) in (-1, 1) and their log densities (...)."""
     mean, log_std = tanh_gaussian(actor, obs)
     u = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
     return jnp.tanh(u), tanh_log_prob(mean, log_std, u)
@@ -190,10 +206,10 @@ class BCState(NamedTuple):
 
 
 def bc(
-    lr: float = 3e-4,  # Adam's learning rate
-    hidden: tuple[int, ...] = (256, 256),  # widths of the hidden layers
+    lr: float = 3e-4,  # learning rate of Adam
+    hidden: tuple[int, ...] = (256, 256),  # hidden layer widths
 ) -> Agent:
-    """Behaviour cloning: maximum likelihood of the log's actions under a Gaussian policy."""
+    """BC, behaviour cloning: maximum likelihood of the logged actions under a Gaussian policy."""
     optimiser = optax.adam(lr, eps=1e-5)
 
     def init(key, obs_dim, act_dim):
@@ -213,7 +229,7 @@ def bc(
     return gaussian_agent(init, update)
 
 
-# --- TD3, and what TD3+BC and ReBRAC make of it ---
+# --- TD3 ---
 
 
 class TD3State(NamedTuple):
@@ -237,12 +253,13 @@ def td3(
     hidden: tuple[int, ...],
     layer_norm: bool = False,
 ) -> Agent:
-    """TD3 (arXiv 1802.09477, algorithm 1) with the actor's loss left open.
+    """TD3 (arXiv 1802.09477, algorithm 1) with a replaceable actor loss.
 
-    actor_loss(critic, batch, action (B, A)) -> (scalar, metrics), action being the actor's in
-    batch.obs; next_penalty(batch, next_action (B, A)) -> (B,) is taken from the next value. One
-    update is `critic_updates` critic updates, each on its own batch, then one actor update and one
-    Polyak step on the last of them: the delayed policy update without a branch.
+    actor_loss(critic, batch, action (B, A)) -> (scalar, metrics); the actor chose `action`.
+    next_penalty(batch, next_action (B, A)) -> (B,), subtracted from the next state's value.
+
+    One update makes `critic_updates` critic steps, each on its own batch. It then makes one actor
+    step on the last of these batches and one Polyak step: a delayed policy update without a branch.
     """
     optimiser = optax.adam(lr, eps=1e-5)
 
@@ -274,7 +291,7 @@ def td3(
     actor_step = make_step(optimiser, loss_of_actor)
 
     def update(key, state, batch):
-        # The target networks stand still meanwhile, so all targets are made at once
+        # Target networks change only at the end, so one pass computes every target
         rows = (critic_target(key, state, batch), batch)
         split = jax.tree.map(lambda x: x.reshape(critic_updates, -1, *x.shape[1:]), rows)
         critic, critic_opt = state.critic, state.critic_opt
@@ -306,45 +323,51 @@ def td3(
     )
 
 
+# --- TD3+BC ---
+
+
 def td3_bc(
-    alpha: float = 2.5,  # weight of Q, in its mean size, against cloning (2106.06860, Table 2)
-    gamma: float = 0.99,  # discount
-    tau: float = 0.005,  # Polyak rate of the target networks
+    alpha: float = 2.5,  # weight of Q / mean |Q| against the cloning loss (2106.06860, Table 2)
+    gamma: float = 0.99,  # discount factor
+    tau: float = 0.005,  # Polyak averaging rate of the target networks
     policy_noise: float = 0.2,  # standard deviation of the target policy's noise (TD3)
-    noise_clip: float = 0.5,  # and its limit
-    critic_updates: int = 2,  # critic updates for one of the actor
-    lr: float = 3e-4,  # Adam's learning rate, of all networks
-    hidden: tuple[int, ...] = (256, 256),  # widths of the hidden layers
+    noise_clip: float = 0.5,  # clip on the target policy's noise (TD3)
+    critic_updates: int = 2,  # critic updates per actor update (TD3's policy delay)
+    lr: float = 3e-4,  # learning rate of Adam, all networks
+    hidden: tuple[int, ...] = (256, 256),  # hidden layer widths
 ) -> Agent:
-    """TD3+BC (arXiv 2106.06860, equation 5): TD3 whose actor is held to the log's actions."""
+    """TD3+BC (arXiv 2106.06860, equation 5): TD3 with a cloning term in the actor's loss."""
 
     def actor_loss(critic, batch, action):
-        first = jax.tree.map(lambda x: x[0], critic)
+        first = jax.tree.map(lambda x: x[0], critic)  # TD3 maximises the first critic alone
         q = mlp(first, jnp.concatenate([batch.obs, action], axis=-1))[..., 0]
         lambda_ = alpha / jax.lax.stop_gradient(jnp.mean(jnp.abs(q)))
         bc_loss = jnp.mean((action - batch.action) ** 2)
         loss = -lambda_ * jnp.mean(q) + bc_loss
         return loss, {"actor_loss": loss, "bc_loss": bc_loss}
 
-    return td3(
-        actor_loss, None, gamma, tau, policy_noise, noise_clip, critic_updates, lr, hidden
-    )  # fmt: skip
+    return td3(actor_loss, None, gamma, tau, policy_noise, noise_clip, critic_updates, lr, hidden)
+
+
+# --- ReBRAC ---
 
 
 def rebrac(
-    actor_bc: float = 0.01,  # beta_1, weight of cloning against Q (2305.09836; by data set)
-    critic_bc: float = 0.01,  # beta_2, of cloning in the critic's target (the same)
-    gamma: float = 0.99,  # discount
-    tau: float = 0.005,  # Polyak rate of the target networks
+    actor_bc: float = 0.01,  # beta_1: weight of cloning in the actor's loss (2305.09836)
+    critic_bc: float = 0.01,  # beta_2: weight of cloning in the critics' target (2305.09836)
+    gamma: float = 0.99,  # discount factor
+    tau: float = 0.005,  # Polyak averaging rate of the target networks
     policy_noise: float = 0.2,  # standard deviation of the target policy's noise (TD3)
-    noise_clip: float = 0.5,  # and its limit
-    critic_updates: int = 2,  # critic updates for one of the actor
-    lr: float = 1e-3,  # Adam's learning rate; 3e-4 on Adroit; both with batches of 1,024 and 256
-    hidden: tuple[int, ...] = (256, 256, 256),  # widths; the critics have a layer norm after each
+    noise_clip: float = 0.5,  # clip on the target policy's noise (TD3)
+    critic_updates: int = 2,  # critic updates per actor update (TD3's policy delay)
+    lr: float = 1e-3,  # learning rate of Adam (batch size 1024; Adroit: 3e-4 with batch size 256)
+    hidden: tuple[int, ...] = (256, 256, 256),  # hidden layer widths; critics add layer norm
 ) -> Agent:
-    """ReBRAC (arXiv 2305.09836, equations 2 and 3): TD3+BC with the penalty on the critic too, deep
-    networks and layer norm. Where the log does not know the next action, the critic's penalty is
-    left out."""
+    """ReBRAC (arXiv 2305.09836, equations 2 and 3): TD3+BC with a cloning term for the critics too.
+
+    Its networks are deeper, and its critics have layer norm. The critics' term is 0 for a
+    transition with an unknown next action.
+    """
 
     def next_penalty(batch, next_action):
         penalty = jnp.sum((next_action - batch.next_action) ** 2, axis=-1)
@@ -357,20 +380,23 @@ def rebrac(
         loss = -lambda_ * jnp.mean(q) + actor_bc * bc_loss
         return loss, {"actor_loss": loss, "bc_loss": bc_loss}
 
+    noise = policy_noise, noise_clip
     return td3(
-        actor_loss, next_penalty, gamma, tau, policy_noise, noise_clip, critic_updates, lr, hidden,
-        layer_norm=True,
-    )  # fmt: skip
+        actor_loss, next_penalty, gamma, tau, *noise, critic_updates, lr, hidden, layer_norm=True
+    )
 
 
-# --- IQL and AWAC: the log's own actions, those of high advantage weighing more ---
+# --- Clone actions by advantage ---
 
 
 def weighted_cloning(actor, batch, advantage: chex.Array, scale, max_weight):
-    """advantage (B,) -> -mean min(exp(scale * advantage), max_weight) log pi(a|s), metrics."""
+    """advantage (B,) -> -mean(min(exp(scale * advantage), max_weight) * log pi(a|s)), metrics."""
     weight = jnp.minimum(jnp.exp(scale * advantage), max_weight)
     loss = -jnp.mean(weight * actor_log_prob(actor, batch.obs, batch.action))
     return loss, {"actor_loss": loss, "advantage": jnp.mean(advantage)}
+
+
+# --- IQL ---
 
 
 class IQLState(NamedTuple):
@@ -384,16 +410,19 @@ class IQLState(NamedTuple):
 
 
 def iql(
-    expectile: float = 0.7,  # of Q over the log's actions (2110.06169, Appendix B: 0.7 on MuJoCo)
-    beta: float = 3.0,  # inverse temperature of the advantage (the same: 3 on MuJoCo)
-    max_weight: float = 100.0,  # limit of a transition's weight in cloning
-    gamma: float = 0.99,  # discount
-    tau: float = 0.005,  # Polyak rate of the target network
-    lr: float = 3e-4,  # Adam's learning rate, of all networks
-    hidden: tuple[int, ...] = (256, 256),  # widths of the hidden layers
+    expectile: float = 0.7,  # expectile of Q fitted by V; 0.5 is the mean (2110.06169: 0.7, MuJoCo)
+    beta: float = 3.0,  # inverse temperature: cloning weight is exp(beta * advantage) (2110.06169)
+    max_weight: float = 100.0,  # upper clip on a transition's cloning weight
+    gamma: float = 0.99,  # discount factor
+    tau: float = 0.005,  # Polyak averaging rate of the target critics
+    lr: float = 3e-4,  # learning rate of Adam, all networks
+    hidden: tuple[int, ...] = (256, 256),  # hidden layer widths
 ) -> Agent:
-    """Implicit Q-learning (arXiv 2110.06169, equations 5 to 7): expectile value, weighted
-    cloning."""
+    """IQL, implicit Q-learning (arXiv 2110.06169, equations 5 to 7).
+
+    The value network fits an expectile of Q over logged actions. The policy clones these actions,
+    weighted by advantage.
+    """
     optimiser = optax.adam(lr, eps=1e-5)
 
     def init(key, obs_dim, act_dim):
@@ -433,6 +462,9 @@ def iql(
     return gaussian_agent(init, update, lambda state, *args: min_q(state.critic, *args))
 
 
+# --- AWAC ---
+
+
 class AWACState(NamedTuple):
     actor: dict
     actor_opt: Any
@@ -442,15 +474,17 @@ class AWACState(NamedTuple):
 
 
 def awac(
-    temperature: float = 1 / 3,  # lambda of the advantage (2006.09359; CORL's for D4RL MuJoCo)
-    max_weight: float = 100.0,  # limit of a transition's weight in cloning
-    gamma: float = 0.99,  # discount
-    tau: float = 0.005,  # Polyak rate of the target network
-    lr: float = 3e-4,  # Adam's learning rate, of all networks
-    hidden: tuple[int, ...] = (256, 256),  # widths of the hidden layers
+    temperature: float = 1 / 3,  # lambda: cloning weight is exp(advantage / lambda) (CORL, MuJoCo)
+    max_weight: float = 100.0,  # upper clip on a transition's cloning weight
+    gamma: float = 0.99,  # discount factor
+    tau: float = 0.005,  # Polyak averaging rate of the target critics
+    lr: float = 3e-4,  # learning rate of Adam, all networks
+    hidden: tuple[int, ...] = (256, 256),  # hidden layer widths
 ) -> Agent:
-    """Advantage-weighted actor-critic (arXiv 2006.09359, equation 13): the critic is the policy's
-    own, its value one sampled action's."""
+    """AWAC, advantage-weighted actor-critic (arXiv 2006.09359, equation 13).
+
+    The critics evaluate the current policy. One sampled action per state estimates its value.
+    """
     optimiser = optax.adam(lr, eps=1e-5)
 
     def init(key, obs_dim, act_dim):
@@ -481,7 +515,7 @@ def awac(
     return gaussian_agent(init, update, lambda state, *args: min_q(state.critic, *args))
 
 
-# --- SAC, and what SAC-N, EDAC and CQL make of it ---
+# --- SAC ---
 
 
 class SACState(NamedTuple):
@@ -490,7 +524,7 @@ class SACState(NamedTuple):
     critic: list
     critic_target: list
     critic_opt: Any
-    log_alpha: chex.Array  # () log of the entropy's temperature
+    log_alpha: chex.Array  # () log of the temperature, the weight of the entropy
     alpha_opt: Any
 
 
@@ -504,11 +538,10 @@ def sac(
     hidden: tuple[int, ...],
     soft_target: bool = True,
 ) -> Agent:
-    """Soft actor-critic (arXiv 1812.05905) with num_critics critics, an automatic temperature and
-    an addition to the critics' loss.
+    """SAC (arXiv 1812.05905) with an ensemble of critics, a tuned temperature and a critic penalty.
 
-    penalty(key, critic, actor, batch) -> (scalar, metrics); soft_target: whether the next value has
-    the entropy in it.
+    penalty(key, critic, actor, batch) -> (scalar, metrics), added to the critics' loss.
+    soft_target: include the entropy in the next state's value.
     """
     optimiser, actor_optimiser = optax.adam(lr), optax.adam(actor_lr)
 
@@ -524,8 +557,8 @@ def sac(
         loss, metrics = bellman_loss(critic, target, batch)
         if penalty is None:
             return loss, metrics
-        added, about = penalty(key, critic, actor, batch)
-        return loss + added, metrics | about
+        added, penalty_metrics = penalty(key, critic, actor, batch)
+        return loss + added, metrics | penalty_metrics
 
     def actor_loss(actor, key, critic, alpha, batch):
         action, log_pi = tanh_sample(key, actor, batch.obs)
@@ -546,13 +579,12 @@ def sac(
         next_v = min_q(state.critic_target, batch.next_obs, next_action)
         target = bellman_target(batch, gamma, next_v - alpha * log_pi if soft_target else next_v)
         critic, critic_opt, m_critic = critic_step(
-            state.critic, state.critic_opt, key_penalty, target, state.actor,
-            batch,
-        )  # fmt: skip
+            state.critic, state.critic_opt, key_penalty, target, state.actor, batch
+        )
         actor, actor_opt, m_actor = actor_step(
             state.actor, state.actor_opt, key_actor, critic, alpha, batch
         )
-        target_entropy = -float(batch.action.shape[-1])
+        target_entropy = -float(batch.action.shape[-1])  # -A, SAC's choice
         log_alpha, alpha_opt, m_alpha = alpha_step(
             state.log_alpha, state.alpha_opt, m_actor["entropy"], target_entropy
         )
@@ -561,7 +593,7 @@ def sac(
         return state, m_critic | m_actor | m_alpha
 
     def log_prob(state, obs, action):
-        u = jnp.arctanh(jnp.clip(action, -0.999, 0.999))
+        u = jnp.arctanh(jnp.clip(action, -0.999, 0.999))  # logged actions may be exactly +-1
         return tanh_log_prob(*tanh_gaussian(state.actor, obs), u)
 
     return Agent(
@@ -574,38 +606,48 @@ def sac(
     )
 
 
+# --- SAC-N ---
+
+
 def sac_n(
-    num_critics: int = 10,  # N (2110.01548, Section 3: 10 on halfcheetah, up to 500 on hopper)
-    gamma: float = 0.99,  # discount
-    tau: float = 0.005,  # Polyak rate of the target network
-    lr: float = 3e-4,  # Adam's learning rate, of all networks
-    hidden: tuple[int, ...] = (256, 256, 256),  # widths of the hidden layers (2110.01548)
+    num_critics: int = 10,  # ensemble size N (2110.01548: 10 on halfcheetah, up to 500 on hopper)
+    gamma: float = 0.99,  # discount factor
+    tau: float = 0.005,  # Polyak averaging rate of the target critics
+    lr: float = 3e-4,  # learning rate of Adam, all networks
+    hidden: tuple[int, ...] = (256, 256, 256),  # hidden layer widths (2110.01548)
 ) -> Agent:
-    """SAC-N (arXiv 2110.01548, section 3): the least of N critics is pessimism enough. With two of
-    them it is SAC, which trains the behaviour policies of data.py online."""
+    """SAC-N (arXiv 2110.01548, section 3): SAC with the minimum of N critics for pessimism.
+
+    N = 2 is plain SAC, which can also train online.
+    """
     return sac(num_critics, None, gamma, tau, lr, lr, hidden)
 
 
+# --- EDAC ---
+
+
 def edac(
-    num_critics: int = 10,  # N (2110.01548; by data set)
-    diversity: float = 1.0,  # eta, weight of the critics' gradient diversity (the same)
-    gamma: float = 0.99,  # discount
-    tau: float = 0.005,  # Polyak rate of the target network
-    lr: float = 3e-4,  # Adam's learning rate, of all networks
-    hidden: tuple[int, ...] = (256, 256, 256),  # widths of the hidden layers (2110.01548)
+    num_critics: int = 10,  # ensemble size N (2110.01548)
+    diversity: float = 1.0,  # eta: weight of the penalty on aligned critic gradients (2110.01548)
+    gamma: float = 0.99,  # discount factor
+    tau: float = 0.005,  # Polyak averaging rate of the target critics
+    lr: float = 3e-4,  # learning rate of Adam, all networks
+    hidden: tuple[int, ...] = (256, 256, 256),  # hidden layer widths (2110.01548)
 ) -> Agent:
-    """EDAC (arXiv 2110.01548, section 4): SAC-N whose critics' gradients by the action are kept
-    from pointing the same way, so that fewer do."""
+    """EDAC (arXiv 2110.01548, section 4): SAC-N with diverse critics, so that a smaller N suffices.
+
+    A penalty on cosine similarity keeps the critics' gradients along the action from aligning.
+    """
 
     def penalty(key, critic, actor, batch):
-        def slope(layers):  # (B, A): summed over the batch, as each Q depends on its own action
+        def slope(layers):  # -> (B, A); the sum over B is safe, as each Q has an action of its own
             q = lambda action: mlp(layers, jnp.concatenate([batch.obs, action], axis=-1))
             return jax.grad(lambda action: jnp.sum(q(action)))(batch.action)
 
         g = jax.vmap(slope)(critic)  # (N, B, A)
         norm_sq = jnp.sum(g**2, axis=-1, keepdims=True)
         g = g * jax.lax.rsqrt(jnp.maximum(norm_sq, 1e-12))
-        # The sum over pairs i != j of g_i . g_j is that over all pairs less that of i = j
+        # Sum of g_i . g_j over pairs i != j: the sum over all pairs minus the terms i = j
         pairs = jnp.sum(jnp.sum(g, axis=0) ** 2, axis=-1) - jnp.sum(g**2, axis=(0, -1))
         alike = jnp.mean(pairs) / (num_critics - 1)
         return diversity * alike, {"alike": alike}
@@ -613,42 +655,48 @@ def edac(
     return sac(num_critics, penalty, gamma, tau, lr, lr, hidden)
 
 
+# --- CQL ---
+
+
 def cql(
-    conservatism: float = 10.0,  # alpha (CORL's for D4RL -v2; 2006.04779, Appendix F: 5)
-    num_actions: int = 10,  # sampled for the log-sum-exp, of each of three kinds (Appendix F)
-    gamma: float = 0.99,  # discount
-    tau: float = 0.005,  # Polyak rate of the target network
-    lr: float = 3e-4,  # Adam's learning rate, of the critics (Appendix F)
-    actor_lr: float = 3e-5,  # and of the actor (Appendix F) and the temperature (CORL)
-    hidden: tuple[int, ...] = (256, 256, 256),  # widths of the hidden layers (CORL)
+    conservatism: float = 10.0,  # alpha: weight of the CQL penalty (CORL: 10; 2006.04779: 5)
+    num_actions: int = 10,  # actions per state and proposal, in the log-sum-exp (2006.04779)
+    gamma: float = 0.99,  # discount factor
+    tau: float = 0.005,  # Polyak averaging rate of the target critics
+    lr: float = 3e-4,  # learning rate of Adam, critics (2006.04779, Appendix F)
+    actor_lr: float = 3e-5,  # learning rate of Adam, actor and temperature (CORL)
+    hidden: tuple[int, ...] = (256, 256, 256),  # hidden layer widths (CORL)
 ) -> Agent:
-    """CQL(H) (arXiv 2006.04779, equation 4): SAC whose critics are pushed down on actions of the
-    policy and up on the log's, the log-sum-exp over actions by importance sampling (Appendix F)."""
+    """CQL(H) (arXiv 2006.04779, equation 4): SAC with Q pushed down everywhere and up on the log.
+
+    Importance sampling estimates the log-sum-exp of Q over all actions (Appendix F). Its three
+    proposals are uniform actions and the policy's actions at the state and at the next state.
+    """
 
     def penalty(key, critic, actor, batch):
         key_random, key_now, key_next = jax.random.split(key, 3)
         shape = num_actions, *batch.action.shape
-        many = lambda obs: jnp.broadcast_to(obs, (num_actions, *obs.shape))
+        repeat = lambda obs: jnp.broadcast_to(obs, (num_actions, *obs.shape))
         uniform = jax.random.uniform(key_random, shape, minval=-1.0)
-        now, log_now = tanh_sample(key_now, actor, many(batch.obs))
-        after, log_after = tanh_sample(key_next, actor, many(batch.next_obs))
+        now, log_now = tanh_sample(key_now, actor, repeat(batch.obs))
+        next_, log_next = tanh_sample(key_next, actor, repeat(batch.next_obs))
         log_uniform = jnp.full(shape[:-1], shape[-1] * jnp.log(0.5))
-        action = jnp.concatenate([uniform, now, after])
-        log_density = jnp.concatenate([log_uniform, log_now, log_after])
+        action = jnp.concatenate([uniform, now, next_])  # (3 * num_actions, B, A)
+        log_density = jnp.concatenate([log_uniform, log_now, log_next])
         obs = jnp.broadcast_to(batch.obs, (*action.shape[:-1], batch.obs.shape[-1]))
-        everywhere = jax.nn.logsumexp(critics(critic, obs, action) - log_density, axis=1)
-        gap = everywhere - critics(critic, batch.obs, batch.action)  # (2, B)
+        soft_max = jax.nn.logsumexp(critics(critic, obs, action) - log_density, axis=1)  # (2, B)
+        gap = soft_max - critics(critic, batch.obs, batch.action)
         gap = jnp.sum(jnp.mean(gap, axis=-1))
         return conservatism * gap, {"gap": gap}
 
     return sac(2, penalty, gamma, tau, lr, actor_lr, hidden, soft_target=False)
 
 
-# --- By name ---
+# --- List agents and published settings ---
 
 AGENTS = {f.__name__: f for f in (bc, td3_bc, iql, rebrac, sac_n, edac, cql, awac)}
 
-REBRAC = {  # (actor_bc, critic_bc) by data set (2305.09836, Appendix)
+REBRAC = {  # data set -> (actor_bc, critic_bc) (2305.09836, Appendix)
     "halfcheetah-random": (0.001, 0.1),
     "halfcheetah-medium": (0.001, 0.01),
     "halfcheetah-expert": (0.01, 0.01),
@@ -680,7 +728,7 @@ REBRAC = {  # (actor_bc, critic_bc) by data set (2305.09836, Appendix)
     "relocate-cloned": (0.1, 0.01),
     "relocate-expert": (0.05, 0.01),
 }
-EDAC = {  # (num_critics, diversity) by data set (2110.01548, Appendix); others: the defaults
+EDAC = {  # data set -> (num_critics, diversity) (2110.01548, Appendix)
     "halfcheetah-medium": (10, 1.0),
     "halfcheetah-medium-replay": (10, 1.0),
     "halfcheetah-medium-expert": (10, 5.0),
@@ -691,11 +739,14 @@ EDAC = {  # (num_critics, diversity) by data set (2110.01548, Appendix); others:
     "walker2d-medium-replay": (10, 1.0),
     "walker2d-medium-expert": (10, 5.0),
 }
-ADROIT = ("pen", "door", "hammer", "relocate")
+ADROIT = ("pen", "door", "hammer", "relocate")  # tasks on which ReBRAC uses a learning rate of 3e-4
+
+
+# --- Look up settings and agents ---
 
 
 class Hyperparameter(NamedTuple):
-    """One keyword of an algorithm."""
+    """One keyword argument of an algorithm."""
 
     type: Any
     default: Any
@@ -703,8 +754,11 @@ class Hyperparameter(NamedTuple):
 
 
 def hyperparameters(name: str, task: str = "") -> dict[str, Hyperparameter]:
-    """Those of the agent called `name`, with the paper's values for the data set `task` where it
-    gives any. Raises ValueError, naming what there is, for an unknown agent."""
+    """Agent name, data set -> {keyword: Hyperparameter}.
+
+    The defaults are the paper's values for the data set if it lists any. An unknown agent raises
+    ValueError with the known names.
+    """
     if name not in AGENTS:
         raise ValueError(f"there is no agent {name!r}; choose one of {', '.join(AGENTS)}")
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(AGENTS[name]), re.M))
@@ -723,40 +777,43 @@ def hyperparameters(name: str, task: str = "") -> dict[str, Hyperparameter]:
 
 
 def check_settings(name: str, settings: dict[str, Any]) -> None:
-    """Raise ValueError, in one line, for settings of the agent called `name` that it has not or
-    that cannot work."""
+    """Raise a one-line ValueError for a setting that the agent lacks or a value that cannot work.
+
+    Traced values, those of a sweep, pass unchecked.
+    """
     known = hyperparameters(name)
     if unknown := set(settings) - set(known):
         raise ValueError(f"{name} has no setting {sorted(unknown)}; it has {', '.join(known)}")
     above_0 = "lr", "actor_lr", "tau", "temperature", "max_weight"
     for key, value in settings.items():
-        kind = known[key].type
-        fits = {float: int | float, int: int}.get(kind, tuple | list)
-        if not isinstance(value, jax.Array | fits):
+        is_list = known[key].type not in (float, int)  # hidden: a tuple of widths
+        if is_list and not isinstance(value, tuple | list):
             raise ValueError(f"{name}'s {key} cannot be {value!r}")
+        if is_list and not value:
+            raise ValueError(f"{name}'s {key} must not be empty")
+        number = int | float if known[key].type is float else int
         low = 0 if known[key].type is float else 2 if (name, key) == ("edac", "num_critics") else 1
         high = 1 if key in ("gamma", "tau", "expectile") else math.inf
-        for x in value if isinstance(value, tuple | list) else (value,):
+        for x in value if is_list else (value,):
             if isinstance(x, jax.core.Tracer):
                 continue
+            if not isinstance(x, jax.Array | number) or jnp.ndim(x):
+                raise ValueError(f"{name}'s {key} cannot be {x!r}")
             if not (low <= x <= high and math.isfinite(x)) or (x == 0 and key in above_0):
                 raise ValueError(f"{name}'s {key} cannot be {x}")
-        if isinstance(value, tuple | list) and not value:
-            raise ValueError(f"{name}'s {key} must not be empty")
 
 
 def make_agent(name: str, **settings) -> Agent:
-    """The Agent called `name`, with its published settings unless others are given.
+    """Agent name, settings -> Agent, with published values for settings not given.
 
-    Raises ValueError, naming what there is, for an unknown agent or setting, or one that cannot
-    work; those of a sweep, not known here, are not checked.
+    Raises a one-line ValueError for an unknown agent or setting or a value that cannot work.
     """
     check_settings(name, settings)
     return AGENTS[name](**settings)
 
 
 def main(names: list[str]) -> None:
-    """Print what can be set of each algorithm, or of those named."""
+    """Print the hyperparameters of the algorithms named, or of all."""
     if {"-h", "--help"} & set(names):
         print(__doc__)
         return
@@ -766,7 +823,7 @@ def main(names: list[str]) -> None:
         except ValueError as e:
             print(f"agents.py: {e}", file=sys.stderr)
             sys.exit(2)
-        print(f"{name}: {inspect.cleandoc(AGENTS[name].__doc__)}")
+        print(f"{name}: {inspect.cleandoc(AGENTS[name].__doc__).splitlines()[0]}")
         for key, (_, default, help_line) in known.items():
             print(f"  {key:<15} {default!s:<18} {help_line}")
         print()

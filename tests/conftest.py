@@ -13,6 +13,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 # Tests compile much and compute little
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -49,3 +50,27 @@ def toy_log(episodes=12, length=40, obs_dim=3, act_dim=2, seed=0):
 @pytest.fixture
 def log():
     return toy_log()
+
+
+def successors(log: dict) -> dict:
+    """The log with next_observations, which are all 9 at the ends of episodes."""
+    after = np.roll(log["observations"], -1, axis=0)
+    after[log["terminals"] | log["timeouts"]] = 9.0
+    return log | {"next_observations": after}
+
+
+def write_hdf5(path: Path, log: dict) -> Path:
+    """Write the arrays without any check -> path."""
+    with h5py.File(path, "w") as f:
+        for key, value in log.items():
+            f[key] = value
+    return path
+
+
+def data_command(capsys, monkeypatch, *args) -> str:
+    """Run `python data.py ARGS` in this process -> what it prints."""
+    import data
+
+    monkeypatch.setattr("sys.argv", ["data.py", *map(str, args)])
+    data.main()
+    return capsys.readouterr().out

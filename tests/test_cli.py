@@ -1,6 +1,6 @@
-"""The command line as its users see it: one finished run, one killed and resumed, many mistakes."""
+"""The command line as its users see it: finished, killed and resumed runs, and a copied pgd.py."""
 
-import dataclasses
+import csv
 import json
 import os
 import re
@@ -10,14 +10,15 @@ import subprocess
 import sys
 import time
 
-import h5py
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, real_log, toy_log
 
-import agents
 import data
 import pgd
+from host import cli, devices
 
 TINY = (
     "--features 16 --blocks 1 --fit-steps 40 --fit-chunk 10 --fit-batch 16 --sample-steps 4 "
@@ -47,6 +48,22 @@ def finals(folder):
     return final
 
 
+def metrics_of(folder) -> list[dict]:
+    """-> the rows of metrics.csv."""
+    with open(folder / "metrics.csv") as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+def assert_one_line(done, message: str) -> None:
+    """A finished process was refused: one line on standard error, status 2."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "" and message in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("pgd.py: ")
+
+
+# --- Finished runs ---
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The smoke preset, start to end."""
@@ -56,23 +73,7 @@ def finished(tmp_path_factory):
     return folder, done
 
 
-def test_the_readmes_examples_of_guides_run(finished):
-    """As they stand there, but on a finished run of the smoke preset, in smaller batches."""
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("\n## Guides\n") : readme.index("\n## What a run leaves\n")]
-    code = "".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
-    code = code.replace("runs/mine", str(finished[0])).replace("(128,)", "(8,)")
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *start, zero, low, high, early1, _, _, expert = done.stdout.splitlines()
-    first = np.float64(start[0].strip("[ ]").split())
-    np.testing.assert_allclose(first, [-1.0, 0.0, 0.0], atol=1e-5)
-    rewards = [float(line.split()[1]) for line in (zero, low, high)]
-    assert rewards[0] < rewards[1] < rewards[2]
-    assert early1.startswith("early1 ") and np.isfinite(float(expert.split()[1]))
-
-
+@pytest.mark.slow
 def test_a_run_leaves_its_folder_and_prints_its_table(finished):
     folder, done = finished
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
@@ -95,8 +96,13 @@ def test_a_run_leaves_its_folder_and_prints_its_table(finished):
     assert len(rows) == 1 + 2 * config["rounds"]
     for shown in ("seed 0", "seed 1", "behaviour", "95 % interval", final["source"], str(folder)):
         assert shown in done.stdout
+    assert "denoisers: one per seed" in done.stdout
+    lines = done.stderr.splitlines()  # a line per round, since this is no terminal
+    assert f"run folder: {folder}" in lines  # at the start
+    assert [line.split(":")[0] for line in lines[-3:]] == ["fit 2/2", "rounds 1/2", "rounds 2/2"]
 
 
+@pytest.mark.slow
 def test_fused_equals_chunks(toy_file, tmp_path):
     for name, extra in (("chunks", ()), ("fused", ("--fused",))):
         done = call("--dataset-path", toy_file, *TINY, "--out", tmp_path / name, *extra)
@@ -111,6 +117,65 @@ def test_fused_equals_chunks(toy_file, tmp_path):
     assert before["wall_seconds"]["fused"] == after["wall_seconds"]["fused"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True])
+def test_jobs_of_one_seed_each_equal_one_job_of_all_seeds(shared, tmp_path):
+    """Five jobs --seed 0 to 4 and --num-seeds 5; with --shared-denoiser all use that of seed 0."""
+    seeds = range(5) if not shared else [2]
+    args = ["--env", "pendulum-medium", *TINY, "--rounds", 2, "--hyper.hidden", 16, 16]
+    args = [str(x) for x in args] + ["--shared-denoiser"] * shared
+    cli.main([*args, "--num-seeds", "5", "--out", str(tmp_path / "all")])
+    rows, losses = metrics_of(tmp_path / "all"), []
+    for seed in seeds:
+        cli.main([*args, "--seed", str(seed), "--out", str(tmp_path / f"{seed}")])
+        own = metrics_of(tmp_path / f"{seed}")
+        wanted = [row for row in rows if row["seed"] == seed]
+        assert len(own) == len(wanted) == 2
+        for mine, row in zip(own, wanted):
+            assert mine == pytest.approx(row, rel=1e-3)
+        losses.append(finals(tmp_path / f"{seed}")["validation_loss"])
+    whole = finals(tmp_path / "all")
+    assert np.mean(losses) == pytest.approx(whole["validation_loss"], rel=1e-4)
+    assert shared or np.ptp(losses) > 1e-6  # one denoiser per seed
+    assert len({row["return"] for row in rows if row["round"] == 1}) == 5
+    named = "the denoiser of seed 0 for all seeds" if shared else "one per seed"
+    assert whole["denoisers"] == named
+
+
+@pytest.mark.slow
+def test_halfcheetah_judges_a_published_log_on_the_host(tmp_path):
+    log = real_log("safety-halfcheetah-train.hdf5")
+    done = call(
+        "--dataset-path", log, "--env", "halfcheetah-medium", *TINY, "--num-seeds", 2,
+        "--rounds", 1, "--out", tmp_path / "r",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    final = finals(tmp_path / "r")
+    assert final["returns"][0] != final["returns"][1]
+    assert final["env"] == "safety-halfcheetah-train"
+    assert final["source"] == "file safety-halfcheetah-train.hdf5"
+    assert final["behaviour_return"] == pytest.approx(1769, abs=1)
+    assert all(-1000 < r < 1000 for r in final["returns"])
+    note = "round 0 is never guided"  # with --rounds 1 the default guidance has no effect
+    assert note in done.stderr
+
+
+@pytest.mark.slow
+def test_a_log_without_a_simulator_reports_losses_and_likelihoods(tmp_path):
+    log = real_log("simglucose.hdf5")
+    done = call("--dataset-path", log, "--agent", "iql", *TINY, "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    final = finals(tmp_path / "r")
+    assert final["returns"] == [] and final["mean"] is None
+    for key in ("validation_loss", "log_prob_synthetic", "log_prob_real"):
+        assert np.isfinite(final[key])
+    assert "never guided" not in done.stderr
+
+
+# --- Killed, interrupted and resumed ---
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, synthetic", [("fit", "diffusion"), ("rounds", "diffusion"), ("fit", "world-model")]
 )
@@ -135,7 +200,7 @@ def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(stage, synthetic, 
     process.wait()
     assert not (folder / "final.json").exists()
     with np.load(folder / "checkpoint" / "state.npz") as z:
-        rounds = len(json.loads(str(z["notes"]))["history"])
+        rounds = len(json.loads(str(z["about"]))["history"])
     assert rounds < 12 and (rounds == 0 or stage == "rounds")
     resumed = call("--resume", folder)
     assert resumed.returncode == 0, resumed.stderr
@@ -150,89 +215,10 @@ def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(stage, synthetic, 
     assert not list(folder.rglob("*.part"))
 
 
-def test_halfcheetah_judges_a_published_log_on_the_host(tmp_path):
-    log = real_log("safety-halfcheetah-train.hdf5")
-    done = call(
-        "--dataset-path", log, "--env", "halfcheetah-medium", *TINY, "--num-seeds", 2,
-        "--rounds", 1, "--out", tmp_path / "r",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    final = finals(tmp_path / "r")
-    assert final["returns"][0] != final["returns"][1]
-    assert final["env"] == "safety-halfcheetah-train"
-    assert final["source"] == "file safety-halfcheetah-train.hdf5"
-    assert final["behaviour_return"] == pytest.approx(1769, abs=1)
-    assert all(-1000 < r < 1000 for r in final["returns"])
-
-
-def test_a_log_without_a_simulator_reports_losses_and_likelihoods(tmp_path):
-    log = real_log("simglucose.hdf5")
-    done = call("--dataset-path", log, "--agent", "iql", *TINY, "--out", tmp_path / "r")
-    assert done.returncode == 0, done.stderr
-    final = finals(tmp_path / "r")
-    assert final["returns"] == [] and final["mean"] is None
-    for key in ("validation_loss", "log_prob_synthetic", "log_prob_real"):
-        assert np.isfinite(final[key])
-
-
-# --- Mistakes: one line on standard error, status 2, nothing left behind ---
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--env", "pendulum-medum"], "did you mean pendulum-medium"),
-        (["--env", "hopper-medium", "--source", "d4rl"], "cannot be fetched"),
-        (["--dataset-path", "nowhere.hdf5"], "there is no file nowhere.hdf5"),
-        (["--dataset-path", "empty.hdf5"], "empty"),
-        (["--dataset-path", "text.hdf5"], "cannot be read as HDF5"),
-        (["--dataset-path", "toy.hdf5", "--horizon", "64"], "0 windows of 64 steps"),
-        (["--dataset-path", "toy.hdf5", "--batch-size", "4096"], "larger than the log"),
-        (["--dataset-path", "toy.hdf5", "--env", "halfcheetah-medium"], "3 observations"),
-        (["--dataset-path", "toy.hdf5", "--agent", "td3"], "there is no agent 'td3'"),
-        (["--dataset-path", "toy.hdf5", "--kernel", "4"], "--kernel must be odd"),
-        (["--dataset-path", "toy.hdf5", "--trajectories", "100"], "multiple of --sample-batch"),
-        (["--resume", "nowhere"], "there is no run in nowhere"),
-        (["--resume", "nowhere", "--seed", "3"], "--resume takes no other flags"),
-        (["--resume", "nowhere", "--env=hopper-medium"], "--resume takes no other flags"),
-        (["--dataset-path", "toy.hdf5", "--source", "d4rl"], "a file needs none"),
-        (["--dataset-path", "toy.hdf5", "--num-seeds", "1000000"], "would fit"),
-        (["--dataset-path", "toy.hdf5", "--sweep", "horizon", "8"], "not a number to vary"),
-        (["--sweep", "guidance", "0", "1", "--export", "x.npz"], "one setting at a time"),
-        (["--synthetic", "none", "--sweep", "guidance", "0", "1"], "does nothing here"),
-        (["--devices", "99"], "this machine has 1"),
-        (["--sweep"], "wants a field, without dashes, and its values"),
-        (["--num-hosts", "2"], "need --distributed"),
-        (["--agent", "iql", "--hyper.gamma", "1.5"], "iql's gamma cannot be 1.5"),
-        (["--sweep", "hyper.alpha", "1", "nan"], "td3_bc's alpha cannot be nan"),
-        (["--sweep", "hyper.expectile", "0.7", "0.9"], "hyper.expectile is not a setting"),
-        (["--sweep", "hyper.hidden", "8", "16"], "not a number to vary"),
-        (["--sweep", "--hyper.alpha", "1", "2"], "without dashes"),
-        (["--synthetic", "none", "--condition-on-start"], "need --synthetic diffusion"),
-        (["--agent", "bc", "--value-guidance", "1"], "needs an agent with a critic, not bc"),
-        (["--agent", "bc", "--sweep", "value-guidance", "0", "1"], "with a critic, not bc"),
-    ],
-)
-def test_mistakes_are_one_clear_line(args, message, tmp_path, toy_file, monkeypatch, capsys):
-    (tmp_path / "empty.hdf5").write_bytes(b"")
-    (tmp_path / "text.hdf5").write_text("observations, actions\n1, 2\n")
-    (tmp_path / "toy.hdf5").symlink_to(toy_file)
-    monkeypatch.chdir(tmp_path)
-    refuse = lambda *a, **k: (_ for _ in ()).throw(OSError("no network in tests"))
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(SystemExit) as e:
-        pgd.main(args)
-    assert e.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == "" and message in said.err
-    assert said.err.count("\n") == 1 and said.err.startswith("pgd.py: ")
-    assert sorted(tmp_path.iterdir()) == before
-
-
+@pytest.mark.slow
 def test_a_sweep_killed_half_way_goes_on_to_the_same_table(tmp_path, toy_file):
     """And in the folder are a row per point and seed, and a figure of the sweep."""
-    argv = ["--dataset-path", toy_file, *TINY, "--num-seeds", 2, "--no-shared-denoiser"]
+    argv = ["--dataset-path", toy_file, *TINY, "--num-seeds", 2]
     argv += ["--sweep", "behaviour-guidance", 0, 2, "fit-lr", 1e-3, 1e-2]
     argv += ["--agent", "rebrac", "--value-guidance", 0.1, "--hyper.hidden", 16, 16]
     whole = call(*argv, "--out", tmp_path / "whole")
@@ -267,11 +253,96 @@ def test_a_sweep_killed_half_way_goes_on_to_the_same_table(tmp_path, toy_file):
     assert finals(tmp_path / "half") == finals(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["imports", "compiling", "fit", "rounds"])
+def test_ctrl_c_ends_a_run_within_seconds_and_without_a_traceback(stage, tmp_path, toy_file):
+    """In the fit and the rounds, a checkpoint is there to go on from."""
+    folder = tmp_path / "r"
+    args = ["--dataset-path", toy_file, *TINY, "--out", folder]
+    args += ["--fit-steps", 10**7 if stage == "fit" else 40, "--rounds", 10**6]
+    args += ["--blocks", 30] * (stage == "compiling")
+    env = os.environ | {"PGD_SAVE_EVERY": "0"}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits "ignore"
+    process = subprocess.Popen(pgd_command(*args), env=env, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    sign = {
+        "compiling": "config.json", "fit": "checkpoint/state.npz", "rounds": "metrics.csv"
+    }.get(stage)  # fmt: skip
+    while sign and not (folder / sign).exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    time.sleep(0.5)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - start < 5.0
+    assert "Traceback" not in said
+    if stage == "imports":  # a shell shows 130 for both
+        assert process.returncode in (130, -signal.SIGINT)
+        return
+    assert process.returncode == 130
+    assert said.endswith("pgd.py: interrupted; --resume FOLDER continues a run\n")
+    assert not (folder / "final.json").exists()
+    if stage == "rounds":
+        assert pgd.load_policy(folder)(np.zeros((4, 3))).shape == (4, 2)
+
+
+# --- The process: its environment, its output, its cache ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_devices_that_jax_does_not_have_are_one_clear_line(platform, toy_file):
+    env = os.environ | {"JAX_PLATFORMS": platform}
+    done = call("--dataset-path", toy_file, *TINY, env=env)
+    if platform == "cuda" and "rounds" in done.stderr:
+        pytest.skip("this machine has a GPU")
+    assert_one_line(done, platform)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("renderer", ["osmesa", "nonsense"])
+def test_a_mujoco_renderer_that_is_not_here_is_one_clear_line(renderer, toy_file):
+    env = os.environ | {"MUJOCO_GL": renderer}
+    probe = [sys.executable, "-c", "import mujoco"]
+    if subprocess.run(probe, env=env, capture_output=True).returncode == 0:
+        pytest.skip(f"this machine has {renderer}")
+    done = call("--dataset-path", toy_file, "--env", "halfcheetah-medium", *TINY, env=env)
+    assert_one_line(done, f"MUJOCO_GL={renderer}")
+
+
+@pytest.mark.slow
+def test_help_into_a_reader_that_stops_ends_quietly():
+    piped = f"{sys.executable} {ROOT / 'pgd.py'} --help | head -3"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", piped], capture_output=True, text=True, env=os.environ
+    )
+    assert done.stdout.startswith("usage: ") and len(done.stdout.splitlines()) == 3
+    assert done.stderr == "" and done.returncode == 0
+    read, write = os.pipe()
+    os.close(read)  # nobody reads at all
+    gone = subprocess.run(pgd_command("--help"), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert gone.stderr == "" and gone.returncode == 0
+
+
+@pytest.mark.slow
+def test_an_unfinished_run_whose_output_nobody_reads_has_not_status_0(toy_file, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    args = pgd_command("--dataset-path", toy_file, *TINY, "--out", tmp_path / "r")
+    assert subprocess.run(args, stdout=write, stderr=write).returncode not in (0, 2)
+    os.close(write)
+    assert not (tmp_path / "r" / "final.json").exists()
+
+
+@pytest.mark.slow
+def test_an_unknown_flag_is_refused_with_status_2():
+    done = call("--envv", "pendulum-medium")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "--env" in done.stderr
+
+
 def test_compiled_programs_are_kept_unless_the_user_says_where(tmp_path, monkeypatch):
-    import jax
-
-    import devices
-
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     try:
@@ -285,122 +356,34 @@ def test_compiled_programs_are_kept_unless_the_user_says_where(tmp_path, monkeyp
             jax.config.update(name, value)
 
 
-def test_an_unknown_flag_is_refused_with_status_2():
-    done = call("--envv", "pendulum-medium")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "--env" in done.stderr
+class Device:
+    def __init__(self, platform, capability=None):
+        self.platform, self.compute_capability = platform, capability
 
 
-def test_a_full_disk_is_one_clear_line_and_leaves_no_half_file(
-    tmp_path, toy_file, monkeypatch, capsys
-):
-    import runs
-
-    def full(*args, **kw):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(runs.np, "savez", full)
-    with pytest.raises(SystemExit) as e:
-        pgd.main(["--dataset-path", str(toy_file), *TINY, "--out", str(tmp_path / "r")])
-    assert e.value.code == 2
-    assert "No space left on device" in capsys.readouterr().err
-    assert not list((tmp_path / "r").rglob("*.part"))
-
-
-def test_damaged_run_folders_are_one_clear_line(finished, tmp_path, capsys):
-    folder, _ = finished
-    for name, content in (("config.json", b"{}"), ("checkpoint/state.npz", b"PK\x03\x04 cut")):
-        copy = tmp_path / name.replace("/", "-")
-        shutil.copytree(folder, copy)
-        (copy / name).write_bytes(content)
-        with pytest.raises(SystemExit) as e:
-            pgd.main(["--resume", str(copy)])
-        said = capsys.readouterr().err
-        assert e.value.code == 2 and "is damaged" in said and said.count("\n") == 1
-
-
-def test_a_diverging_agent_is_one_clear_line_and_no_result(tmp_path, toy_file, capsys, monkeypatch):
-    monkeypatch.setattr(agents, "make_agent", lambda name, **_: agents.bc(lr=float("nan")))
-    args = ["--dataset-path", str(toy_file), *TINY, "--agent", "bc"]
-    with pytest.raises(SystemExit):
-        pgd.main([*args, "--out", str(tmp_path / "r")])
-    assert "is not finite in round 0 of seed 0" in capsys.readouterr().err
-    assert not (tmp_path / "r" / "final.json").exists()
-
-
-def test_the_log_alone_needs_no_denoiser(tmp_path, toy_file):
-    args = ["--dataset-path", str(toy_file), *TINY, "--synthetic", "none", "--no-shared-denoiser"]
-    pgd.main([*args, "--num-seeds", "2", "--out", str(tmp_path / "r")])
-    final = finals(tmp_path / "r")
-    assert final["synthetic"] == "none" and "validation_loss" not in final
-
-
-def test_a_world_model_run_reports_and_exports_its_rollouts(tmp_path, toy_file, capsys):
-    args = ["--dataset-path", str(toy_file), *TINY, "--synthetic", "world-model", "--rollout", "4"]
-    args += ["--num-seeds", "2", "--export", str(tmp_path / "w.npz"), "--export-steps", "600"]
-    pgd.main([*args, "--out", str(tmp_path / "r")])
-    final = finals(tmp_path / "r")
-    assert final["synthetic"] == "world-model" and final["guidance"] is None
-    assert -10 < final["validation_r2"] < 1 and 0 < final["within_1_sigma"] < 1
-    assert "validation r2" in capsys.readouterr().out
-    for seed in (0, 1):
-        log = data.read_log(tmp_path / f"w-seed{seed}.npz")
-        _, lengths = data.episode_returns(log)
-        assert len(log["rewards"]) >= 600 and lengths.max() == 4
-    with np.load(tmp_path / "w-seed0.npz") as z:
-        assert "world model" in str(z["source"])
-
-
-def test_every_setting_has_its_own_help_line():
-    done = call("--help", env=os.environ | {"COLUMNS": "80"})  # one column of settings
-    shown = "".join(done.stdout.replace("│", " ").split())
-    source = (ROOT / "pgd.py").read_text()
-    for name, hyper in agents.hyperparameters("td3_bc").items():
-        assert f"--hyper.{name.replace('_', '-')}" in shown
-        assert "".join(hyper.help.split()) in shown, name
-    for field in dataclasses.fields(pgd.Config):
-        if field.name == "hyper":
-            continue
-        line = next(x for x in source.splitlines() if x.startswith(f"    {field.name}: "))
-        assert "  # " in line, field.name
-        assert "".join(line.split("  # ")[1].split()) in shown, field.name
-
-
-def test_interval_is_students_t():
-    import runs
-
-    mean, (low, high) = runs.summarise([1.0, 2.0, 3.0, 4.0])
-    assert mean == 2.5 and high - mean == pytest.approx(
-        3.1824 * np.std([1, 2, 3, 4], ddof=1) / 2, rel=1e-4
-    )
-    assert runs.summarise([5.0]) == (5.0, None)
-
-
-def test_a_run_does_not_overwrite_another(finished, capsys):
-    folder, _ = finished
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    with pytest.raises(SystemExit):
-        pgd.main(["--preset", "smoke", "--out", str(folder)])
-    assert "already holds a run" in capsys.readouterr().err
-    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_a_resumed_run_refuses_another_log(tmp_path, capsys):
-    path = tmp_path / "log.hdf5"
-    data.write_log(path, toy_log(seed=0), {})
-    args = ["--dataset-path", str(path), *TINY, "--batch-size", "64", "--rounds", "1"]
-    pgd.main([*args, "--out", str(tmp_path / "r")])
-    with h5py.File(path, "r+") as f:
-        f["rewards"][3] = 7.0
-    with pytest.raises(SystemExit):
-        pgd.main(["--resume", str(tmp_path / "r")])
-    assert "was trained on another log" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "device, dtype",
+    [
+        (Device("cpu"), jnp.float32), (Device("tpu"), jnp.bfloat16),
+        (Device("gpu", "9.0"), jnp.bfloat16), (Device("gpu", "12.0"), jnp.bfloat16),
+        (Device("gpu", "7.5"), jnp.float32), (Device("gpu", "gfx90a"), jnp.float32),
+    ],
+)  # fmt: skip
+def test_precision_is_chosen_by_the_device_unless_it_is_named(device, dtype, monkeypatch):
+    """By pgd.py itself, so that a copied one chooses as the command line does."""
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert pgd.Config().precision == "auto" and pgd.activation_dtype(pgd.Config()) == dtype
+    for name in ("float32", "bfloat16"):
+        assert pgd.activation_dtype(pgd.Config(precision=name)) == jnp.dtype(name)
 
 
 # --- Copied away ---
 
 USER_CODE = """
+import sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from types import SimpleNamespace
+needed_by_jax = set(sys.modules)
 import pgd
 
 def init(key, obs_dim, act_dim):
@@ -420,38 +403,58 @@ log = dict(observations=obs, actions=np.tanh(obs[:, :2]), rewards=obs[:, 0],
 config = pgd.Config(horizon=8, features=16, blocks=1, fit_steps=200, fit_batch=32, sample_steps=16,
                     rounds=3, updates=50, batch_size=32, trajectories=64, sample_batch=64)
 dataset = pgd.make_dataset(log, config)
-generator = pgd.make_diffusion(config, dataset.obs_dim, dataset.act_dim)
-trainer = pgd.make_train(config, agent, generator, dataset.obs_dim, dataset.act_dim)
-_, state, metrics = jax.jit(trainer.train)(jax.random.key(0), dataset)
+train = pgd.make_train(config, agent)
+state, metrics = jax.jit(train)(jax.random.key(0), dataset)
 print(state.buffer.obs.shape, float(metrics["loss"][0]), float(metrics["loss"][-1]))
 assert state.buffer.obs.shape == (2, 512, 3)
 assert metrics["loss"][-1] < 0.8 * metrics["loss"][0]
+
+keys = jax.random.split(jax.random.key(0), 2).at[0].set(jax.random.key(0))
+states, metrics = jax.jit(jax.vmap(train, in_axes=(0, None)))(keys, dataset)
+assert states.buffer.obs.shape == (2, 2, 512, 3) and metrics["loss"].shape == (2, 3)
+assert np.all(metrics["loss"][:, -1] < 0.8 * metrics["loss"][:, 0])
+np.testing.assert_allclose(states.agent[0], state.agent, rtol=1e-2, atol=1e-3)
+assert np.any(states.agent[0] != states.agent[1])
+x = pgd.sample(jax.random.key(1), state.model, dataset, config)
+assert x.shape == (64, 8, 7) and np.all(np.isfinite(x))
+loaded = {name.split(".")[0] for name in set(sys.modules) - needed_by_jax}
+heavy = {"scipy", "h5py", "tqdm", "gymnax", "matplotlib", "tyro", "gymnasium", "host", "agents"}
+assert not loaded & heavy, loaded & heavy
 """
 
 
+def run_alone(folder, *command):
+    """A Python command in a folder, without this project on its path."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
 def test_a_copied_pgd_trains_and_samples_alone_with_the_users_own_agent(tmp_path):
+    """Over seeds too, and it imports nothing but jax, optax, chex and numpy."""
     (tmp_path / "pgd.py").write_text((ROOT / "pgd.py").read_text())
     (tmp_path / "mine.py").write_text(USER_CODE)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "mine.py"], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
+    done = run_alone(tmp_path, "mine.py")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "args, features",
-    [
-        ([], 64),
-        (["--env", "swimmer-medium"], 64),
-        (["--env", "pendulum-medium", "--dataset-path", "x.hdf5"], 64),
-        (["--dataset-path", "x.hdf5"], 256),
-        (["--env", "halfcheetah-medium"], 256),
-        (["--env", "halfcheetah-medium", "--preset", "laptop"], 128),
-        (["--env", "halfcheetah-medium", "--features", "32"], 32),
-    ],
-)
-def test_the_default_preset_is_sized_by_the_task(args, features):
-    import envs
-
-    assert pgd.parse_config(args, tuple(envs.GYMNAX)).features == features
+@pytest.mark.slow
+def test_a_copied_pgd_with_agents_beside_it_trains_on_a_file(tmp_path):
+    """It prints a bar and a table, with a column per seed, and needs nothing of host/."""
+    for name in ("pgd.py", "agents.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    np.savez(tmp_path / "mine.npz", **toy_log(episodes=20))
+    args = TINY[: TINY.index("--eval-episodes")]
+    done = run_alone(
+        tmp_path, "pgd.py", "--dataset-path", "mine.npz", *args, "--rounds", 2, "--num-seeds", 2
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^fit +\[#{30}\] 4/4 loss ", done.stdout.replace("\r", "\n"), re.M)
+    assert re.search(r"^rounds +\[#{30}\] 2/2 ", done.stdout.replace("\r", "\n"), re.M)
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("log_prob_real")]
+    numbers = [float(word) for word in row.split()[1:]]
+    assert len(numbers) == 2 and numbers[0] != numbers[1] and np.isfinite(numbers).all()
+    assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {
+        "pgd.py", "agents.py", "mine.npz"
+    }  # fmt: skip

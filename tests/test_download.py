@@ -7,9 +7,13 @@ import threading
 import time
 
 import h5py
+import numpy as np
 import pytest
+from conftest import toy_log, write_hdf5
 
 import data
+from host import d4rl
+from host.errors import UserError
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -69,7 +73,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch, log):
-    """A D4RL entry whose host is that server: (entry, handler class, file content)."""
+    """A D4RL file whose host is that server: (D4rlFile, handler class, its content)."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as f:
         for key, value in log.items():
@@ -79,94 +83,100 @@ def served(tmp_path, monkeypatch, log):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
-    monkeypatch.setattr(data, "STALL", 0.3)
-    row = {
-        "url": f"http://127.0.0.1:{server.server_port}/toy.hdf5",
-        "bytes": str(len(content)),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
-    yield data.Entry("toy-v2", None, None, d4rl=row), handler, content
+    monkeypatch.setattr(d4rl, "STALL", 0.3)
+    yield (
+        d4rl.D4rlFile(
+            name="toy-v2",
+            url=f"http://127.0.0.1:{server.server_port}/toy.hdf5",
+            size=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            reference=(0.0, 1.0),
+            limit=40,
+        ),
+        handler,
+        content,
+    )
     server.shutdown()
     server.server_close()
 
 
-def left(entry) -> list[str]:
-    return sorted(p.name for p in data.d4rl_path(entry).parent.iterdir())
+def left(file) -> list[str]:
+    return sorted(p.name for p in d4rl.d4rl_path(file).parent.iterdir())
 
 
 def test_a_download_is_verified_and_kept(served):
-    entry, handler, content = served
-    path, checked = data.download(entry)
+    file, handler, content = served
+    path, checked = d4rl.download(file)
     assert path.read_bytes() == content and checked == "SHA-256 verified"
-    assert left(entry) == ["toy.hdf5"]
-    data.download(entry)
+    assert left(file) == ["toy.hdf5"]
+    d4rl.download(file)
     assert len(handler.asked) == 1  # the second time nothing is fetched
     path.write_bytes(content[:-1] + b"x")
-    with pytest.raises(data.DataError, match="another SHA-256"):
-        data.download(entry)
+    with pytest.raises(UserError, match="SHA-256 is not the registry's"):
+        d4rl.download(file)
     path.write_bytes(content[:-5])
-    with pytest.raises(data.DataError, match="bytes instead of"):
-        data.download(entry)
+    with pytest.raises(UserError, match="bytes instead of"):
+        d4rl.download(file)
 
 
 @pytest.mark.parametrize("fault, starts", [("breaks once", [0, 1000]), ("stalls once", [0, 2000])])
 def test_a_broken_or_stalled_download_goes_on_by_itself_where_it_stopped(served, fault, starts):
-    entry, handler, content = served
+    file, handler, content = served
     handler.fault = fault
-    path, _ = data.download(entry)
-    assert path.read_bytes() == content and left(entry) == ["toy.hdf5"]
+    path, _ = d4rl.download(file)
+    assert path.read_bytes() == content and left(file) == ["toy.hdf5"]
     assert [start for _, start in handler.asked] == starts
 
 
 def test_what_a_killed_download_left_is_used(served):
-    entry, handler, content = served
-    part = data.d4rl_path(entry).with_name("toy.hdf5.part")
+    file, handler, content = served
+    part = d4rl.d4rl_path(file).with_name("toy.hdf5.part")
     part.parent.mkdir()
     part.write_bytes(content[:500])
-    path, _ = data.download(entry)
+    path, _ = d4rl.download(file)
     assert path.read_bytes() == content and handler.asked == [("/toy.hdf5", 500)]
 
 
 def test_a_server_that_cannot_resume_starts_over(served):
-    entry, handler, content = served
-    part = data.d4rl_path(entry).with_name("toy.hdf5.part")
+    file, handler, content = served
+    part = d4rl.d4rl_path(file).with_name("toy.hdf5.part")
     part.parent.mkdir()
     part.write_bytes(b"y" * 500)
     handler.fault = "cannot resume"
-    assert data.download(entry)[0].read_bytes() == content
+    assert d4rl.download(file)[0].read_bytes() == content
 
 
 def test_a_resumption_at_another_place_is_not_believed(served):
-    entry, handler, content = served
+    file, handler, content = served
     handler.fault = "resumes elsewhere"
-    with pytest.raises(data.Unreachable, match="resumed at another place"):
-        data.download(entry)
+    with pytest.raises(d4rl.Unreachable, match="resumed at the wrong byte"):
+        d4rl.download(file)
     handler.fault = None
-    assert data.download(entry)[0].read_bytes() == content
+    assert d4rl.download(file)[0].read_bytes() == content
 
 
 def test_a_server_that_always_breaks_is_given_up_and_what_came_is_kept(served, monkeypatch):
-    entry, handler, content = served
-    monkeypatch.setattr(data.time, "sleep", lambda s: None)
+    file, handler, content = served
+    monkeypatch.setattr(d4rl.time, "sleep", lambda s: None)
     handler.fault = "breaks"
-    path, _ = data.download(entry)  # every try brings another 1,000 bytes
+    path, _ = d4rl.download(file)  # every try brings another 1,000 bytes
     assert path.read_bytes() == content and len(handler.asked) > 3
     path.unlink()
     handler.fault, handler.content = "breaks", b""  # and now nothing comes any more
     part = path.with_name("toy.hdf5.part")
     part.write_bytes(content[:300])
-    with pytest.raises((data.Unreachable, data.DataError)):
-        data.download(entry)
+    with pytest.raises((d4rl.Unreachable, UserError)):
+        d4rl.download(file)
     assert not path.exists()
 
 
 def test_redirects_are_followed_with_the_place_to_resume_at(served):
-    entry, handler, content = served
-    part = data.d4rl_path(entry).with_name("toy.hdf5.part")
+    file, handler, content = served
+    part = d4rl.d4rl_path(file).with_name("toy.hdf5.part")
     part.parent.mkdir()
     part.write_bytes(content[:500])
     handler.fault = "redirects"
-    assert data.download(entry)[0].read_bytes() == content
+    assert d4rl.download(file)[0].read_bytes() == content
     assert handler.asked[-1] == ("/elsewhere/toy.hdf5", 500)
 
 
@@ -174,61 +184,61 @@ def test_redirects_are_followed_with_the_place_to_resume_at(served):
     "fault, message",
     [
         ("web page", "sends a web page"),
-        ("bit flipped", "another SHA-256"),
+        ("bit flipped", "SHA-256 is not the registry's"),
         ("other size", "bytes instead of"),
         ("endless", "more than the"),
     ],
 )
 def test_wrong_content_is_one_clear_line_and_leaves_nothing(served, fault, message):
-    entry, handler, _ = served
+    file, handler, _ = served
     handler.fault = fault
-    with pytest.raises(data.DataError, match=message) as e:
-        data.download(entry)
-    assert "\n" not in str(e.value) and left(entry) == []
+    with pytest.raises(UserError, match=message) as e:
+        d4rl.download(file)
+    assert "\n" not in str(e.value) and left(file) == []
 
 
 def test_without_size_and_hash_what_is_not_hdf5_is_refused(served):
-    entry, handler, content = served
-    entry = entry._replace(d4rl=entry.d4rl | {"bytes": "", "sha256": ""})
-    assert data.download(entry)[1] == "no hash known"
-    data.d4rl_path(entry).unlink()
+    file, handler, content = served
+    file = file._replace(size=0, sha256="")
+    assert d4rl.download(file)[1] == "no hash known"
+    d4rl.d4rl_path(file).unlink()
     handler.content = b"certainly not HDF5" * 100
-    with pytest.raises(data.DataError, match="not HDF5"):
-        data.download(entry)
-    assert left(entry) == []
+    with pytest.raises(UserError, match="not HDF5"):
+        d4rl.download(file)
+    assert left(file) == []
 
 
 @pytest.mark.parametrize("fault", ["not found", "redirects for ever"])
 def test_a_host_without_the_file_is_unreachable(served, fault):
-    entry, handler, _ = served
+    file, handler, _ = served
     handler.fault = fault
-    with pytest.raises(data.Unreachable, match="cannot be fetched") as e:
-        data.download(entry)
-    assert left(entry) == [] and "\n" not in str(e.value)
+    with pytest.raises(d4rl.Unreachable, match="cannot be fetched") as e:
+        d4rl.download(file)
+    assert left(file) == [] and "\n" not in str(e.value)
 
 
 def test_a_mirror_by_flag_or_by_environment(served, monkeypatch):
-    entry, handler, content = served
-    host = entry.d4rl["url"].rsplit("/", 1)[0]
-    entry = entry._replace(d4rl=entry.d4rl | {"url": "http://127.0.0.1:9/gone/toy.hdf5"})
-    with pytest.raises(data.Unreachable):
-        data.download(entry)
+    file, handler, content = served
+    host = file.url.rsplit("/", 1)[0]
+    file = file._replace(url="http://127.0.0.1:9/gone/toy.hdf5")
+    with pytest.raises(d4rl.Unreachable):
+        d4rl.download(file)
     monkeypatch.setenv("PGD_MIRROR", f"{host}/mirrored/")
-    path, _ = data.download(entry)
+    path, _ = d4rl.download(file)
     assert handler.asked[-1] == ("/mirrored/toy.hdf5", 0)
     path.unlink()
-    data.download(entry, mirror=f"{host}/flag")
+    d4rl.download(file, mirror=f"{host}/flag")
     assert handler.asked[-1] == ("/flag/toy.hdf5", 0)
     path.unlink()
-    with pytest.raises(data.Unreachable, match="no-address"):
-        data.download(entry, mirror="no-address")
+    with pytest.raises(d4rl.Unreachable, match="no-address"):
+        d4rl.download(file, mirror="no-address")
 
 
 def test_two_at_once_fetch_once(served):
-    entry, handler, content = served
+    file, handler, content = served
     handler.fault = "stalls once"
     found = []
-    threads = [threading.Thread(target=lambda: found.append(data.download(entry))) for _ in "ab"]
+    threads = [threading.Thread(target=lambda: found.append(d4rl.download(file))) for _ in "ab"]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -237,14 +247,20 @@ def test_two_at_once_fetch_once(served):
     assert [start for _, start in handler.asked] == [0, 2000]
 
 
-def test_an_unreachable_host_falls_back_to_a_collected_log_and_says_so(monkeypatch, capsys):
+def test_an_unreachable_host_falls_back_to_a_collected_log_and_says_so(
+    tmp_path, monkeypatch, capsys
+):
     entry = data.resolve("hopper-random")
-    row = entry.d4rl | {"url": "http://127.0.0.1:9/hopper_random-v2.hdf5"}
-    entry = entry._replace(d4rl=row)
-    monkeypatch.setattr(data, "load_collected", lambda e: ("the log", "re-collected, not D4RL's"))
-    found = data._load_by_name(entry, "auto")
-    assert found == ("the log", "re-collected, not D4RL's", "collect")
+    file = entry.d4rl._replace(url="http://127.0.0.1:9/hopper_random-v2.hdf5")
+    known = data.registry() | {"hopper-random-v2": entry._replace(d4rl=file)}
+    monkeypatch.setattr(data, "registry", lambda: known)
+    path = write_hdf5(tmp_path / "a.hdf5", toy_log(obs_dim=11, act_dim=3))  # hopper's dimensions
+    monkeypatch.setattr(data, "collected", lambda recipe: (path, "re-collected, not D4RL's"))
+    task = data.load("hopper-random")
+    assert (task.source, task.kind) == ("re-collected, not D4RL's", "collect")
+    assert task.name == task.load_name == "collect:hopper-random"
+    np.testing.assert_array_equal(task.log["rewards"], data.read_log(path)["rewards"])
     said = capsys.readouterr().err
     assert "cannot be fetched" in said and "--dataset-path" in said and said.count("\n") == 1
-    with pytest.raises(data.DataError, match="cannot be fetched"):
-        data._load_by_name(entry, "d4rl")
+    with pytest.raises(UserError, match="cannot be fetched"):
+        data.load("d4rl:hopper-random")

@@ -25,12 +25,13 @@ def shaken(params):
     return jax.tree.unflatten(treedef, moved)
 
 
-def test_schedule_runs_from_sigma_max_to_sigma_min_then_zero():
-    config = pgd.Config(sample_steps=18, sigma_min=0.002, sigma_max=80.0)
+@pytest.mark.parametrize("rho", [7.0, 3.0])
+def test_schedule_runs_from_sigma_max_to_sigma_min_then_zero(rho):
+    config = pgd.Config(sample_steps=18, sigma_min=0.002, sigma_max=80.0, rho=rho)
     sigmas = np.asarray(pgd.noise_levels(config))
     i = np.arange(18)
-    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
-    expected = (high + i / 17 * (low - high)) ** 7  # EDM equation 5
+    low, high = 0.002 ** (1 / rho), 80 ** (1 / rho)
+    expected = (high + i / 17 * (low - high)) ** rho  # EDM equation 5
     np.testing.assert_allclose(sigmas[:-1], expected, rtol=1e-4)
     assert sigmas[-1] == 0 and len(sigmas) == 19
 
@@ -71,18 +72,18 @@ def test_loss_of_the_exact_denoiser_of_unit_gaussian_data_is_one_at_every_noise_
 
 
 def test_loss_does_not_depend_on_the_order_of_the_batch():
-    config = pgd.Config(features=16, blocks=1)
-    params = pgd.init_unet(jax.random.key(0), 4, config)
-    params = shaken(params)
+    config = pgd.Config(features=8, blocks=1)
+    params = jax.jit(lambda key: shaken(pgd.init_unet(key, 4, 4, config)))(jax.random.key(0))
     denoiser = pgd.precondition(lambda x, c: pgd.unet(params, x, c, config))
     key_x, key_n, key_s = jax.random.split(jax.random.key(1), 3)
     x, noise = jax.random.normal(key_x, (8, 16, 4)), jax.random.normal(key_n, (8, 16, 4))
     sigma = jnp.exp(jax.random.normal(key_s, (8,)))
     order = np.random.default_rng(0).permutation(8)
-    loss = pgd.edm_loss(denoiser, x, sigma, noise)
-    permuted = pgd.edm_loss(denoiser, x[order], sigma[order], noise[order])
+    loss_of = jax.jit(lambda x, sigma, noise: pgd.edm_loss(denoiser, x, sigma, noise))
+    loss = loss_of(x, sigma, noise)
+    permuted = loss_of(x[order], sigma[order], noise[order])
     np.testing.assert_allclose(loss, permuted, rtol=1e-5)
-    other = pgd.edm_loss(denoiser, x[order], sigma, noise[order])
+    other = loss_of(x[order], sigma, noise[order])
     assert abs(float(loss - other)) > 1e-4  # the noise levels do matter
 
 
@@ -134,17 +135,27 @@ def test_sampler_calls_the_denoiser_2n_minus_1_times_and_never_at_zero():
 @pytest.mark.parametrize("sampler", [pgd.sample_heun, pgd.sample_sde])
 def test_guide_sees_every_noise_level_once_and_moves_the_sample(sampler):
     seen, options = [], {} if sampler is pgd.sample_heun else {"eta": 0.0}
+    note = lambda what, x: jax.debug.callback(
+        lambda x: seen.append((what, float(x))), x, ordered=True
+    )
 
-    def guide(x, denoised, sigma, step):
-        jax.debug.callback(lambda s, n: seen.append((int(n), float(s))), sigma, step)
+    def denoiser(x, sigma):
+        note("sigma", sigma)
+        return gaussian_denoiser(x, sigma)
+
+    def guide(x, denoised, step):
+        note("step", step)
         return jnp.where(step == 7, x + 3.0, x)  # at the last step, so that it can be read off
 
     sigmas, key, shape = pgd.noise_levels(pgd.Config(sample_steps=8)), jax.random.key(0), (4, 4, 1)
     plain = sampler(key, gaussian_denoiser, shape, sigmas, **options)
-    moved = sampler(key, gaussian_denoiser, shape, sigmas, guide, **options)
+    moved = sampler(key, denoiser, shape, sigmas, guide, **options)
     jax.effects_barrier()
-    assert [n for n, _ in sorted(seen)] == list(range(8))
-    np.testing.assert_allclose([s for _, s in sorted(seen)], sigmas[:-1], rtol=1e-6)
+    guided = [i for i, (what, _) in enumerate(seen) if what == "step"]
+    assert [seen[i][1] for i in guided] == list(range(8))
+    after = [seen[i + 1] for i in guided]  # the denoiser is called next, at that step's level
+    assert {what for what, _ in after} == {"sigma"}
+    np.testing.assert_allclose([s for _, s in after], sigmas[:-1], rtol=1e-6)
     last = float(sigmas[7])
     expected = plain + 3.0 * S**2 / (S**2 + last**2)
     np.testing.assert_allclose(moved, expected, atol=1e-4)
@@ -160,7 +171,7 @@ def test_guide_is_given_the_last_denoised_estimate(sampler):
         jax.debug.callback(lambda y: made.append(float(y)), y.sum(), ordered=True)
         return y
 
-    def guide(x, denoised, sigma, step):
+    def guide(x, denoised, step):
         jax.debug.callback(lambda y: given.append(float(y)), denoised.sum(), ordered=True)
         return x
 
@@ -211,6 +222,63 @@ def test_exponential_integrator_calls_the_denoiser_n_times_and_never_at_zero():
     np.testing.assert_allclose(sorted(calls), sorted(sigmas[:-1]), rtol=1e-6)
 
 
+# --- Both samplers against the algorithms in numpy, with the same random numbers ---
+
+
+def draws(key, shape, num):
+    """-> the normal numbers of the start and of each step."""
+    return [
+        np.asarray(jax.random.normal(jax.random.fold_in(key, i), shape), np.float64)
+        for i in range(num + 1)
+    ]
+
+
+@pytest.mark.parametrize("churn", [(2.0, 0.05, 5.0, 1.3), (80.0, 0.0, 50.0, 1.003)])
+def test_stochastic_sampler_is_edms_algorithm_2(churn):
+    key, shape = jax.random.key(4), (6, 4, 2)
+    sigmas = pgd.noise_levels(pgd.Config(sample_steps=10))
+    s_churn, s_tmin, s_tmax, s_noise = churn
+    t, n = np.asarray(sigmas, np.float64), 10
+    noise = draws(key, shape, n)
+    x = t[0] * noise[0]
+    for i in range(n):
+        inside = s_tmin <= t[i] <= s_tmax
+        gamma = min(s_churn / n, np.sqrt(2) - 1) if inside else 0.0
+        t_hat = t[i] + gamma * t[i]
+        x_hat = x + np.sqrt(t_hat**2 - t[i] ** 2) * s_noise * noise[i + 1]
+        d = (x_hat - gaussian_denoiser(x_hat, t_hat)) / t_hat
+        x = x_hat + (t[i + 1] - t_hat) * d
+        if t[i + 1] > 0:
+            d_next = (x - gaussian_denoiser(x, t[i + 1])) / t[i + 1]
+            x = x_hat + (t[i + 1] - t_hat) * (d + d_next) / 2
+    ours = jax.jit(lambda k: pgd.sample_heun(k, gaussian_denoiser, shape, sigmas, None, churn))(key)
+    np.testing.assert_allclose(ours, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("eta, order", [(0.0, 2), (1.0, 1), (3.0, 2)])
+def test_exponential_integrator_is_dpm_solver_plus_plus(eta, order):
+    key, shape = jax.random.key(4), (6, 4, 2)
+    sigmas = pgd.noise_levels(pgd.Config(sample_steps=10))
+    t, n, last, h_last = np.asarray(sigmas, np.float64), 10, None, None
+    noise = draws(key, shape, n)
+    x = t[0] * noise[0]
+    for i in range(n - 1):
+        denoised = gaussian_denoiser(x, t[i])
+        h, target = np.log(t[i] / t[i + 1]), denoised
+        if order == 2 and last is not None:
+            target = denoised + 0.5 * h / h_last * (denoised - last)
+        keep = np.exp(-(1 + eta) * h)
+        x = keep * x + (1 - keep) * target
+        x = x + t[i + 1] * np.sqrt(1 - np.exp(-2 * eta * h)) * noise[i + 1]
+        last, h_last = denoised, h
+    x = gaussian_denoiser(x, t[n - 1])
+    ours = jax.jit(lambda k: pgd.sample_sde(k, gaussian_denoiser, shape, sigmas, None, eta, order))(
+        key
+    )
+    np.testing.assert_allclose(ours, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [1, 3])
 def test_training_approaches_the_exact_denoiser_of_a_gaussian_process(levels):
     """Windows of an AR(1) process are N(0, C), so D(x; sigma) = C (C + sigma^2 I)^-1 x exactly."""
@@ -230,20 +298,21 @@ def test_training_approaches_the_exact_denoiser_of_a_gaussian_process(levels):
     }
     config = pgd.Config(
         horizon=horizon,
-        features=32,
+        features=16,
         levels=levels,
-        blocks=2,
+        blocks=1,
         fit_steps=400,
         fit_chunk=400,
         fit_batch=64,
+        ema=0.98,
     )
     dataset = pgd.make_dataset(log, config)
-    diffusion = pgd.make_diffusion(config, 1, 1)
-    state = diffusion.init(jax.random.key(0))
-    trained, _ = jax.jit(diffusion.fit_chunk)(jax.random.key(0), state, dataset)
+    diffusion = pgd.make_diffusion(config)
+    state = diffusion.init(jax.random.key(0), dataset)
+    trained, _ = jax.jit(diffusion.fit)(jax.random.key(0), state, dataset)
 
     cov = rho ** np.abs(np.arange(horizon)[:, None] - np.arange(horizon))
-    x0 = pgd.sample_windows(jax.random.key(5), dataset, dataset.val_starts, 256, horizon)
+    x0 = dataset.windows(jax.random.key(5), dataset.val_starts, 256, horizon)
     for sigma in (0.2, 1.0):
         noisy = x0 + sigma * jax.random.normal(jax.random.key(6), x0.shape)
         # observation and reward are two noisy looks at the same process: their mean has half the
@@ -253,7 +322,8 @@ def test_training_approaches_the_exact_denoiser_of_a_gaussian_process(levels):
         error = []
         for params in (state.params, trained.ema):
             denoiser = pgd.precondition(lambda x, c, p=params: pgd.unet(p, x, c, config))
-            error.append(np.mean((denoiser(noisy, jnp.full(256, sigma))[..., 0] - exact) ** 2))
+            denoised = jax.jit(denoiser)(noisy, jnp.full(256, sigma))
+            error.append(np.mean((denoised[..., 0] - exact) ** 2))
         assert error[1] < 0.1 * error[0], (sigma, error)
 
 
@@ -267,7 +337,7 @@ def test_convolution_and_its_gradients_equal_lax_conv():
         )
 
     def ours(x, w):
-        return pgd.convolve(x, w.reshape(20, 3), 5)
+        return pgd.dense({"w": w.reshape(20, 3), "b": jnp.zeros(3)}, pgd.unfold(x, 5))
 
     np.testing.assert_allclose(ours(x, w), reference(x, w), atol=1e-4)
     grads = [
@@ -287,14 +357,14 @@ def test_group_norm_standardises_each_group_over_time_and_channels():
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_network_takes_any_leading_axes_and_one_or_many_noise_levels(levels):
-    config = dataclasses.replace(pgd.Config(), features=16, levels=levels, blocks=1)
-    params = pgd.init_unet(jax.random.key(0), 5, config)
-    params = shaken(params)
+    config = dataclasses.replace(pgd.Config(), features=8, levels=levels, blocks=1)
+    params = jax.jit(lambda key: shaken(pgd.init_unet(key, 5, 5, config)))(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (3, 16, 5))
-    many = pgd.unet(params, x, jnp.full(3, 0.3), config)
-    one = pgd.unet(params, x, jnp.float32(0.3), config)
-    single = jnp.stack([pgd.unet(params, xi, jnp.float32(0.3), config) for xi in x])
+    unet = jax.jit(lambda x, c_noise: pgd.unet(params, x, c_noise, config))
+    many = unet(x, jnp.full(3, 0.3))
+    one = unet(x, jnp.float32(0.3))
+    single = jnp.stack([unet(xi, jnp.float32(0.3)) for xi in x])
     np.testing.assert_allclose(many, one, atol=1e-5)
     np.testing.assert_allclose(many, single, atol=1e-5)  # no trajectory sees another
-    other = pgd.unet(params, x, jnp.full(3, 0.9), config)
+    other = unet(x, jnp.full(3, 0.9))
     assert np.abs(many - other).max() > 1e-4

@@ -8,7 +8,9 @@ import pytest
 from conftest import real_log
 
 import data
-import envs
+from host import envs
+from host.collect import UniformPolicy
+from host.errors import UserError
 
 BODIES = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}
 
@@ -59,6 +61,7 @@ def test_an_episode_ends_by_a_timeout_at_its_limit():
 
 
 @pytest.mark.parametrize("task", BODIES)
+@pytest.mark.slow
 def test_mjx_steps_like_c_mujoco(task):
     pytest.importorskip("mujoco.mjx")
     copies = envs.MujocoEnvs(task, 32)
@@ -114,7 +117,7 @@ def test_mujoco_replays_the_published_halfcheetah_log():
 @pytest.mark.parametrize("task", [*envs.GYMNAX, *envs.BODIES])
 def test_the_judge_put_into_a_collected_state_gives_the_collected_successor(task):
     copies = envs.make_envs(task, 4)
-    log = envs.collect(copies, data.UniformPolicy(copies.low.size), 1200, seed=3)
+    log = envs.collect(copies, UniformPolicy(copies.low.size), 1200, seed=3)
     obs, action, next_obs = (log[k] for k in ("observations", "actions", "next_observations"))
     limit = envs.BODIES[task].max_speed if task in envs.BODIES else np.inf
     speed = np.abs(obs).max(1) < limit  # of hopper and walker2d; faster is clipped
@@ -133,7 +136,7 @@ def test_a_simulator_that_takes_no_state_is_no_judge():
 @pytest.mark.parametrize("task", ["pendulum", "pendulum in a program", "halfcheetah", "hopper"])
 def test_collected_streams_follow_each_other_within_episodes(task):
     copies = envs.make_envs(task.split()[0], 4)
-    uniform = data.UniformPolicy(copies.low.size)
+    uniform = UniformPolicy(copies.low.size)
     if task.endswith("program"):
         collect = lambda: envs.collect_in_program("pendulum", uniform.sample, 4, 600, seed=0)
     else:
@@ -256,5 +259,5 @@ def test_a_missing_extra_is_said_in_a_line_and_costs_the_returns_only(monkeypatc
 
 
 def test_an_unknown_simulator_names_those_that_are_there():
-    with pytest.raises(envs.EnvError, match="halfcheetah"):
+    with pytest.raises(UserError, match="halfcheetah"):
         envs.make_envs("halfcheeta", 1)

@@ -1,26 +1,36 @@
-"""The whole run: chunks equal the whole, seeds under vmap equal the seed alone."""
+"""The whole run of one seed: the fit, the rounds, and what each of them uses."""
 
 import dataclasses
+import functools
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import real_log, toy_log
+from conftest import ROOT, real_log, toy_log
 
 import agents
 import data
-import devices
 import pgd
-import world_model
+from baselines.log_alone import make_log_alone
+from baselines.world_model import Config, make_world_model
 
-CONFIG = pgd.Config(
-    horizon=8, features=16, blocks=1, fit_steps=20, fit_chunk=5, fit_batch=8, sample_steps=4,
-    rounds=3, updates=4, batch_size=16, real_batch=4, trajectories=8, sample_batch=4,
-    buffer_rounds=2, members=3, elites=2, model_hidden=16, model_layers=2, model_steps=20,
-    model_chunk=5, model_batch=16, rollout=3,
+CONFIG = Config(
+    horizon=8, features=8, groups=4, blocks=1, fit_steps=20, fit_chunk=5, fit_batch=8,
+    sample_steps=4, rounds=3, updates=4, batch_size=16, real_batch=4, trajectories=8,
+    sample_batch=4, buffer_rounds=2, members=3, elites=2, model_hidden=16, model_layers=2,
+    model_steps=20, model_chunk=5, model_batch=16, rollout=3,
 )  # fmt: skip
+MAKERS = {
+    "diffusion": pgd.make_diffusion, "world-model": make_world_model, "none": make_log_alone
+}  # fmt: skip
+AGENT = agents.td3_bc(hidden=(16, 16))
+CLONER = agents.bc(hidden=(8,))  # where any agent will do: it compiles fast
 
 
 def evaluate(key, act):
@@ -28,184 +38,196 @@ def evaluate(key, act):
     return -jnp.abs(act(jax.random.normal(key, (5, 3))) - 0.3).sum(-1)
 
 
-def make(config=CONFIG, agent=None):
+def make(config=CONFIG, agent=AGENT, synthetic="diffusion", evaluate=evaluate):
+    """-> (program of one run, data set)."""
     dataset = pgd.make_dataset(toy_log(), config)
-    agent = agent or agents.td3_bc(hidden=(16, 16))
-    makers = {"none": pgd.make_resampler, "world-model": world_model.make_world_model}
-    generator = makers.get(config.synthetic, pgd.make_diffusion)(config, 3, 2)
-    return pgd.make_train(config, agent, generator, 3, 2, evaluate), dataset
+    return pgd.make_program(config, agent, MAKERS[synthetic], evaluate), dataset
 
 
 def assert_close(a, b, tol=1e-4):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tol, atol=tol), a, b)
 
 
-@pytest.mark.parametrize("synthetic", ["diffusion", "world-model", "none"])
+def one(seed):
+    return pgd.Run(jax.random.key(seed))
+
+
+def train_in_chunks(program, run, dataset):
+    """-> (state, metrics (rounds,)), a call for each chunk and round."""
+    fit, run_round = jax.jit(program.fit), jax.jit(program.round)
+    state, rows = program.init(run, dataset), []
+    for _ in range(program.num_chunks):
+        state, _ = fit(run, state, dataset)
+    for _ in range(program.num_rounds):
+        state, metrics = run_round(run, state, dataset)
+        rows.append(metrics)
+    return state, jax.tree.map(lambda *x: jnp.stack(x), *rows)
+
+
+# --- A whole run as one function, and in pieces ---
+
+
+@functools.cache
+def whole_run(synthetic):
+    """-> train(key, dataset), compiled."""
+    return jax.jit(pgd.make_train(CONFIG, AGENT, MAKERS[synthetic], evaluate))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("synthetic", list(MAKERS))
 def test_chunks_equal_the_whole(synthetic):
-    trainer, dataset = make(dataclasses.replace(CONFIG, synthetic=synthetic))
-    key_fit, key_rounds = jax.random.split(jax.random.key(5))
-    whole = jax.jit(trainer.train)(jax.random.key(5), dataset)
-    gen_whole, state_whole, metrics_whole = whole
-    fit_chunk, round_chunk = jax.jit(trainer.generator.fit_chunk), jax.jit(trainer.round_chunk)
-    gen = trainer.generator.init(key_fit)
-    for _ in range(trainer.generator.num_chunks):
-        gen, _ = fit_chunk(key_fit, gen, dataset)
-    state, returns = trainer.init_rounds(key_rounds, gen, dataset), []
-    for _ in range(CONFIG.rounds):
-        state, metrics = round_chunk(key_rounds, state, gen, dataset)
-        returns.append(metrics["return"])
-    assert_close(gen_whole, gen)
-    assert_close(state_whole, state)
-    assert_close(metrics_whole["return"], np.array(returns))
-    assert len(set(np.round(returns, 6))) == CONFIG.rounds  # something was learnt in every round
+    program, dataset = make(synthetic=synthetic)
+    state, metrics = train_in_chunks(program, one(5), dataset)
+    whole, metrics_whole = whole_run(synthetic)(jax.random.key(5), dataset)
+    assert_close(whole, state)
+    assert_close(metrics_whole, metrics)
+    returns = np.asarray(metrics["return"])
+    assert returns.shape == (3,) and len(set(np.round(returns, 6))) == CONFIG.rounds
+
+
+@pytest.mark.slow
+def test_a_key_under_vmap_gives_what_it_gives_alone():
+    dataset = pgd.make_dataset(toy_log(), CONFIG)
+    train = pgd.make_train(CONFIG, AGENT, pgd.make_diffusion, evaluate)
+    keys = jax.random.split(jax.random.key(0), 2)
+    many = jax.jit(jax.vmap(train, in_axes=(0, None)))(keys, dataset)
+    for i in range(2):
+        alone = whole_run("diffusion")(keys[i], dataset)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], many), alone, 5e-4)
+    returns = np.asarray(many[1]["return"])
+    assert np.abs(returns[0] - returns[1]).min() > 1e-4
+
+
+def test_a_plain_run_of_five_seeds_gives_what_five_runs_of_a_seed_give():
+    config = dataclasses.replace(CONFIG, rounds=2, updates=2, seed=0, num_seeds=5, real_batch=16)
+    dataset, told = pgd.make_dataset(toy_log(), config), []
+    hooks = pgd.Hooks(chunk=lambda *args: told.append(args), finish=lambda *args: args[2])
+    returns = lambda: np.array([metrics["return"] for stage, *_, metrics in told if stage != "fit"])
+    args = CLONER, hooks, make_log_alone, evaluate
+    many = pgd.run(config, dataset, *args)
+    all_returns = returns()
+    assert all_returns.shape == (2, 5) and len(np.unique(all_returns)) == 10
+    for seed in (3,):
+        told.clear()
+        alone = pgd.run(dataclasses.replace(config, seed=seed, num_seeds=1), dataset, *args)
+        np.testing.assert_allclose(returns()[:, 0], all_returns[:, seed], rtol=1e-4, atol=1e-4)
+        assert_close(
+            jax.tree.map(lambda x, seed=seed: x[seed], many), jax.tree.map(lambda x: x[0], alone)
+        )
+
+
+def test_the_host_is_told_of_every_chunk():
+    told = []
+    dataset = pgd.make_dataset(toy_log(), CONFIG)
+
+    def chunk(stage, done, total, state, metrics):
+        told.append((stage, done, total, int(state.round[0]), metrics))
+
+    hooks = pgd.Hooks(chunk=chunk, finish=lambda program, runs, state: (program, runs, state))
+    program, runs, state = pgd.run(CONFIG, dataset, CLONER, hooks, pgd.make_diffusion, evaluate)
+    assert [x[:4] for x in told[:4]] == [("fit", i, 4, 0) for i in (1, 2, 3, 4)]
+    assert [x[:4] for x in told[4:]] == [("rounds", i, 3, i) for i in (1, 2, 3)]
+    assert all(0 < x[4]["loss"][0] < 10 for x in told[:4])
+    assert all({"return", "log_prob_real", "log_prob_synthetic"} <= set(x[4]) for x in told[4:])
+    assert all(isinstance(x[4]["return"], np.ndarray) for x in told[4:])
+    assert runs.key.shape == (1,) and int(state.round[0]) == 3 and program.num_rounds == 3
+
+
+def test_a_restored_run_goes_on_where_it_was():
+    program, dataset = make(agent=CLONER)
+    told, calls = [], []
+    state = jax.eval_shape(program.init, one(0), dataset)
+
+    def restore(fresh):
+        assert jax.tree.structure(fresh) == jax.tree.structure(state)
+        return 3, fresh._replace(round=fresh.round + 2)
+
+    def compile(f, *args):
+        """Nothing is computed."""
+
+        def call(runs, state, dataset):
+            calls.append(f)
+            out = jax.eval_shape(f, runs, state, dataset)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
+
+        return call
+
+    hooks = pgd.Hooks(compile=compile, restore=restore, chunk=lambda *args: told.append(args[:3]))
+    pgd.run(CONFIG, dataset, CLONER, hooks)
+    assert told == [("fit", 4, 4), ("rounds", 3, 3)] and len(calls) == 3
 
 
 @pytest.mark.parametrize("synthetic", ["diffusion", "world-model"])
 def test_a_chunk_leaves_the_kind_of_state_it_takes_so_that_it_compiles_once(synthetic):
-    trainer, dataset = make(dataclasses.replace(CONFIG, synthetic=synthetic))
+    program, dataset = make(synthetic=synthetic)
     kind = lambda tree: [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
-    key, generator = jax.random.key(0), trainer.generator
-    gen = jax.eval_shape(generator.init, key)
-    assert kind(jax.eval_shape(generator.fit_chunk, key, gen, dataset)[0]) == kind(gen)
-    state = jax.eval_shape(trainer.init_rounds, key, gen, dataset)
-    after = jax.eval_shape(trainer.round_chunk, key, state, gen, dataset)[0]
-    assert kind(after) == kind(state)
+    state = jax.eval_shape(program.init, one(0), dataset)
+    assert kind(jax.eval_shape(program.fit, one(0), state, dataset)[0]) == kind(state)
+    assert kind(jax.eval_shape(program.round, one(0), state, dataset)[0]) == kind(state)
 
 
-def make_one(dataset):
-    """-> make(config) -> Trainer, as pgd.build has it."""
-    makers = {"none": pgd.make_resampler, "world-model": world_model.make_world_model}
-
-    def make(config):
-        agent = agents.td3_bc(hidden=(16, 16), **config.hyper)
-        generator = makers.get(config.synthetic, pgd.make_diffusion)(config, 3, 2)
-        return pgd.make_train(config, agent, generator, 3, 2, evaluate)
-
-    return make
+def fit_with(dataset, key=0, **settings):
+    """CONFIG's diffusion, fitted with other settings -> its state."""
+    config = dataclasses.replace(CONFIG, **settings)
+    generator = pgd.make_diffusion(config)
+    state, fit = generator.init(jax.random.key(0), dataset), jax.jit(generator.fit)
+    for _ in range(generator.num_chunks):
+        state, _ = fit(jax.random.key(key), state, dataset)
+    return state
 
 
-def train_all(config):
-    """The whole of a config's runs on this machine's one device -> (points, fits, results)."""
-    dataset, points = pgd.make_dataset(toy_log(), config), pgd.sweep_points(config)
-    fits = pgd.fit_axes(config, list(points[0]))
-    mesh = devices.make_mesh(len(points), config.num_seeds, 1)
-    trainer = pgd.spread(make_one(dataset), config, mesh, len(points), fits)
-    return points, fits, jax.jit(trainer.train)(pgd.make_runs(config, points), dataset)
+@pytest.mark.slow
+def test_the_length_of_a_chunk_does_not_change_the_result():
+    dataset = pgd.make_dataset(toy_log(), CONFIG)
+    short, long = (fit_with(dataset, fit_chunk=n) for n in (5, 20))
+    assert int(short.step) == int(long.step) == 20
+    assert_close(short, long)
 
 
-@pytest.mark.parametrize(
-    "synthetic, shared, sweep",
-    [
-        ("world-model", False, "penalty 0 2"),
-        ("diffusion", True, "guidance 0 0.5"),
-        ("diffusion", False, "p_mean -1.2 0.5 eta 0 4"),
-        ("none", True, "hyper.alpha 0.5 2.5"),
-    ],
-)
-def test_every_run_of_a_program_equals_that_run_alone(synthetic, shared, sweep):
-    config = dataclasses.replace(
-        CONFIG, synthetic=synthetic, shared_denoiser=shared, seed=3, num_seeds=2,
-        sweep=tuple(sweep.split()), hyper={"alpha": 1.0} if "hyper" in sweep else {},
-    )  # fmt: skip
-    points, fits, (gen, states, metrics) = train_all(config)
-    assert metrics["return"].shape == (len(points), 2, CONFIG.rounds)
-    dataset = pgd.make_dataset(toy_log(), config)
-    make = make_one(dataset)
-    of = lambda point: make(pgd.with_settings(config, point))
-    fit = jax.jit(lambda point, key: of(point).fit(key, dataset))
-    run_rounds = jax.jit(lambda point, key, gen: of(point).run_rounds(key, gen, dataset))
-    for i, point in enumerate(points):
-        for s in range(2):
-            key = jax.random.key(3 + s)
-            gen_alone = fit(point, jax.random.split(jax.random.key(0) if shared else key)[0])
-            own = tuple({"sweep": i, "seed": s}[axis] for axis in fits)
-            assert_close(jax.tree.map(lambda x: x[own], gen), gen_alone)
-            state, of_run = run_rounds(point, jax.random.split(key)[1], gen_alone)
-            assert_close(jax.tree.map(lambda x: x[i, s], states), state, 5e-4)
-            assert_close(metrics["return"][i, s], of_run["return"], 5e-4)
-    assert len(set(metrics["return"][..., -1].ravel().tolist())) == 2 * len(points)
+FUSED = """
+import sys, time
+import jax
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+events = []
+sys.path.insert(0, "tests")
+from test_train import *
+dataset = pgd.make_dataset(toy_log(), CONFIG)
+events.clear()
+train = jax.jit(pgd.make_train(CONFIG, AGENT, pgd.make_diffusion, evaluate))
+compiled = train.lower(jax.random.key(0), dataset).compile()
+hits = sum(name == "/jax/compilation_cache/cache_hits" for name in events)
+print(hits, "callback" in compiled.as_text(), "custom-call" in compiled.as_text())
+"""
 
 
-def test_a_setting_written_into_the_program_gives_what_it_gives_at_run_time():
-    dataset, config = pgd.make_dataset(toy_log(), CONFIG), dataclasses.replace(CONFIG, seed=7)
-    trainer = pgd.spread(make_one(dataset), config, devices.make_mesh(1, 1, 1))
-    gen, state, metrics = jax.jit(trainer.train)(pgd.make_runs(config), dataset)
-    alone = make_one(dataset)(config)
-    gen_alone = jax.jit(alone.fit)(jax.random.split(jax.random.key(0))[0], dataset)
-    key = jax.random.split(jax.random.key(7))[1]
-    state_alone, metrics_alone = jax.jit(alone.run_rounds)(key, gen_alone, dataset)
-    assert_close(gen, gen_alone)
-    assert_close(jax.tree.map(lambda x: x[0, 0], state), state_alone, 5e-4)
-    assert_close(metrics["return"][0, 0], metrics_alone["return"], 5e-4)
+@pytest.mark.slow
+def test_a_fused_run_has_no_callbacks_and_is_found_in_the_compilation_cache(tmp_path):
+    said = []
+    for _ in range(2):
+        code = (
+            "import conftest, os, jax; jax.config.update('jax_compilation_cache_dir', "
+            f"{str(tmp_path)!r})\n" + FUSED
+        )
+        env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+        ask = [sys.executable, "-c", code]
+        run = subprocess.run(ask, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        said.append(run.stdout.split())
+    assert said == [["0", "False", said[0][2]], ["1", "False", said[0][2]]]
 
 
-def test_what_does_not_touch_the_fit_leaves_one_denoiser_for_all():
-    sweep = lambda *words, **kw: pgd.fit_axes(dataclasses.replace(CONFIG, **kw), words)
-    assert sweep() == sweep("guidance", "eta") == ()
-    assert sweep("fit_lr") == ("sweep",)
-    assert sweep("guidance", shared_denoiser=False) == ("seed",)
-    assert sweep("fit_lr", shared_denoiser=False) == ("sweep", "seed")
-    assert sweep("penalty", synthetic="world-model") == ()
-
-
-def test_a_grid_has_every_pair_of_values():
-    config = dataclasses.replace(CONFIG, sweep=("guidance", "0", "1", "eta", "1", "4"))
-    grid = [(p["guidance"], p["eta"]) for p in pgd.sweep_points(config)]
-    assert grid == [(0.0, 1.0), (0.0, 4.0), (1.0, 1.0), (1.0, 4.0)]
-    assert pgd.sweep_points(CONFIG) == [{}]
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        ("horizon 16 32", "is not a number to vary"),
-        ("validation 0.1 0.2", "changes the log's split"),
-        ("penalty 0 1", "does nothing here"),
-        ("guidence 0 1", "is not a setting"),
-        ("0 1", "wants a field before its values"),
-        ("guidance", "wants values"),
-        ("guidance 1 1", "each once"),
-        ("guidance 0 guidance 1", "named twice"),
-        ("sigma-min 0.1 30", "--sigma-min must lie between"),
-        ("fit-lr 0.1 -1", "--fit-lr must be above 0"),
-        ("s-churn 0 80", "does nothing here"),  # that is Heun's
-        ("guidance 0 inf", "must be finite"),
-    ],
-)
-def test_a_sweep_that_cannot_work_says_so(words, said):
-    with pytest.raises(pgd.UserError, match=said):
-        pgd.sweep_points(dataclasses.replace(CONFIG, sweep=tuple(words.split())))
-
-
-def test_settings_given_at_run_time_do_not_change_the_program():
-    """So that another --guidance or --fit-steps finds its program in the compilation cache."""
-    dataset, text = pgd.make_dataset(toy_log(), CONFIG), set()
-    for changed in (
-        {},
-        {"guidance": 2.0, "eta": 1.0},
-        {"fit_lr": 1e-3, "fit_steps": 40, "p_mean": -1.0},
-    ):
-        config = dataclasses.replace(CONFIG, **changed)
-        trainer = pgd.spread(make_one(dataset), config, devices.make_mesh(1, 1, 1))
-        runs = pgd.make_runs(config)
-        text.add(jax.jit(trainer.train).lower(runs, dataset).as_text())
-    assert len(text) == 1
-    off = dataclasses.replace(CONFIG, guidance=0.0)  # but what is switched off is left out
-    trainer = pgd.spread(make_one(dataset), off, devices.make_mesh(1, 1, 1))
-    shorter = jax.jit(trainer.train).lower(pgd.make_runs(off), dataset).as_text()
-    assert len(shorter) < 0.98 * len(text.pop())
+# --- The fit ---
 
 
 def test_the_learning_rate_is_a_warm_up_and_a_cosine():
-    """As optax has it, which cannot take a number of steps given at run time."""
     config = dataclasses.replace(CONFIG, fit_steps=40, fit_lr=0.01, fit_chunk=1)
-    dataset, generator = pgd.make_dataset(toy_log(), config), pgd.make_diffusion(config, 3, 2)
+    dataset, generator = pgd.make_dataset(toy_log(), config), pgd.make_diffusion(config)
     schedule = optax.warmup_cosine_decay_schedule(0.001, 0.01, 4, 40)
-    state, fit_chunk = generator.init(jax.random.key(0)), jax.jit(generator.fit_chunk)
+    state, fit = generator.init(jax.random.key(0), dataset), jax.jit(generator.fit)
     for step in range(12):
         # Adam's own state says which direction was taken; the length is the learning rate
         before = state
-        state, _ = fit_chunk(jax.random.key(1), state, dataset)
+        state, _ = fit(jax.random.key(1), state, dataset)
         mu, nu = state.opt_state[0].mu["in"]["w"], state.opt_state[0].nu["in"]["w"]
         n = step + 1
         way = (mu / (1 - 0.9**n)) / (jnp.sqrt(nu / (1 - 0.999**n)) + 1e-8)
@@ -215,81 +237,79 @@ def test_the_learning_rate_is_a_warm_up_and_a_cosine():
             assert rate == pytest.approx(float(schedule(step)), rel=1e-3)
 
 
-def test_the_host_is_told_of_every_chunk():
-    told = []
-    dataset = pgd.make_dataset(toy_log(), CONFIG)
-    generator = pgd.make_diffusion(CONFIG, 3, 2)
-    report = lambda stage, metrics: told.append((stage, float(metrics.get("loss", 0.0))))
-    agent = agents.td3_bc(hidden=(16, 16))
-    trainer = pgd.make_train(CONFIG, agent, generator, 3, 2, evaluate, report)
-    jax.block_until_ready(jax.jit(trainer.train)(jax.random.key(0), dataset))
-    jax.effects_barrier()
-    stages = [stage for stage, _ in told]
-    assert stages.count("fit") == 4 and stages.count("rounds") == CONFIG.rounds
-    assert all(0 < loss < 10 for stage, loss in told if stage == "fit")
+@pytest.mark.parametrize("ema", [0.9995, 0.5])
+def test_the_average_is_the_bias_corrected_mean_of_the_parameters(ema):
+    """sum_n ema^(N - n) params_n / sum_n ema^(N - n) over the N steps; the start plays no part."""
+    config = dataclasses.replace(CONFIG, fit_steps=10, fit_chunk=1, ema=ema)
+    dataset, generator = pgd.make_dataset(toy_log(), config), pgd.make_diffusion(config)
+    state, fit, seen = generator.init(jax.random.key(0), dataset), jax.jit(generator.fit), []
+    for _ in range(10):
+        state, _ = fit(jax.random.key(1), state, dataset)
+        seen.append(state.params)
+    weights = ema ** np.arange(9.0, -1.0, -1.0)
+    weights /= weights.sum()
+    mean = lambda *leaves: sum(w * np.asarray(x, np.float64) for w, x in zip(weights, leaves))
+    expected = jax.tree.map(mean, *seen)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.ema, expected
+    )
+    apart = np.abs(np.asarray(state.params["in"]["w"]) - expected["in"]["w"]).max()
+    assert apart > 1e-4  # which the last parameters are not
 
 
-def test_first_round_is_unguided_and_later_ones_are_not():
-    unguided = dataclasses.replace(CONFIG, guidance=0.0)
-    buffers = []
-    for config in (CONFIG, unguided):
-        trainer, dataset = make(config)
-        gen = jax.jit(trainer.fit)(jax.random.key(0), dataset)
-        state = trainer.init_rounds(jax.random.key(1), gen, dataset)
-        for _ in range(2):
-            state, _ = jax.jit(trainer.round_chunk)(jax.random.key(1), state, gen, dataset)
-        buffers.append(np.asarray(state.buffer.action))
-    np.testing.assert_allclose(buffers[0][0], buffers[1][0], atol=1e-6)
-    assert np.abs(buffers[0][1] - buffers[1][1]).max() > 1e-2
+def noise_of(monkeypatch, f, *args):
+    """Call f(*args) -> the noise levels that the loss sees."""
+    seen, edm_loss = [], pgd.edm_loss
+
+    def spy(denoiser, x, sigma, noise):
+        jax.debug.callback(lambda s: seen.append(np.asarray(s)), sigma)
+        return edm_loss(lambda x, sigma: x, x, sigma, noise)
+
+    with monkeypatch.context() as m:
+        m.setattr(pgd, "edm_loss", spy)
+        jax.block_until_ready(f(*args))
+        jax.effects_barrier()
+    return np.concatenate(seen)
 
 
-def test_buffer_keeps_the_newest_rounds():
-    trainer, dataset = make()
-    gen = jax.jit(trainer.fit)(jax.random.key(0), dataset)
-    state = trainer.init_rounds(jax.random.key(1), gen, dataset)
+def test_noise_levels_in_training_are_log_normal_with_the_settings_moments(monkeypatch):
+    config = dataclasses.replace(CONFIG, p_mean=0.7, p_std=0.4)
+    dataset = pgd.make_dataset(toy_log(), config)
+    args = jax.random.key(0), dataset, dataset.train_starts, 4096, config
+    sigma = noise_of(monkeypatch, pgd.denoising_loss, {}, *args)
+    assert np.log(sigma).mean() == pytest.approx(0.7, abs=0.03)
+    assert np.log(sigma).std() == pytest.approx(0.4, abs=0.02)
+
+
+def test_validation_noise_does_not_depend_on_the_runs_settings(monkeypatch):
+    """So that runs of a sweep can be compared: EDM's own noise, the same for all."""
+    sigma = []
+    for settings in ({}, {"p_mean": 0.7, "p_std": 0.4, "ema": 0.9}):
+        config = dataclasses.replace(CONFIG, **settings)
+        dataset = pgd.make_dataset(toy_log(), config)
+        state = pgd.DenoiserState({}, {}, (), jnp.zeros(()))
+        sigma.append(noise_of(monkeypatch, pgd.validate_diffusion, state, dataset, config))
+    np.testing.assert_array_equal(*map(np.sort, sigma))
+    assert len(sigma[0]) == 1024
+    assert np.log(sigma[0]).mean() == pytest.approx(-1.2, abs=0.1)
+    assert np.log(sigma[0]).std() == pytest.approx(1.2, abs=0.1)
+
+
+def test_validation_is_of_the_average_on_held_out_windows(monkeypatch):
     seen = []
-    for _ in range(3):
-        state, _ = jax.jit(trainer.round_chunk)(jax.random.key(1), state, gen, dataset)
-        seen.append(np.asarray(state.buffer.obs))
-    assert np.all(seen[0][1] == 0) and np.any(seen[0][0] != 0)
-    np.testing.assert_array_equal(seen[1][0], seen[0][0])
-    np.testing.assert_array_equal(seen[2][1], seen[1][1])
-    assert np.abs(seen[2][0] - seen[0][0]).max() > 1e-3
+
+    def spy(params, key, dataset, starts, num, config):
+        seen.append((params, starts))
+        return jnp.zeros(())
+
+    monkeypatch.setattr(pgd, "denoising_loss", spy)
+    dataset = pgd.make_dataset(toy_log(), CONFIG)
+    pgd.validate_diffusion(pgd.DenoiserState("last", "mean", (), 0), dataset, CONFIG)
+    assert {params for params, _ in seen} == {"mean"}
+    assert all(starts is dataset.val_starts for _, starts in seen)
 
 
-class Recorder:
-    """An agent that only remembers the last batch it was shown."""
-
-    batches_per_update = 2
-
-    def init(self, key, obs_dim, act_dim):
-        num = 2 * CONFIG.batch_size
-        shape = lambda *s: jnp.zeros((num, *s))
-        return pgd.Transition(
-            shape(obs_dim), shape(act_dim), shape(), shape(obs_dim), shape(), shape(act_dim)
-        )
-
-    def update(self, key, state, batch):
-        return batch, {}
-
-    def act(self, state, obs):
-        return jnp.zeros((*obs.shape[:-1], 2))
-
-    def log_prob(self, state, obs, action):
-        return -jnp.sum(action**2, axis=-1)
-
-
-@pytest.mark.parametrize("synthetic, real_share", [("diffusion", 4), ("none", 16)])
-def test_batches_mix_synthetic_and_real_in_the_stated_numbers(synthetic, real_share):
-    trainer, dataset = make(dataclasses.replace(CONFIG, synthetic=synthetic), Recorder())
-    gen = trainer.generator.init(jax.random.key(0))
-    state = trainer.init_rounds(jax.random.key(1), gen, dataset)
-    state, _ = jax.jit(trainer.round_chunk)(jax.random.key(1), state, gen, dataset)
-    logged = {tuple(np.round(o, 3)) for o in np.asarray(dataset.steps[:, :3])}
-    real = np.array([tuple(np.round(o, 3)) in logged for o in np.asarray(state.agent.obs)])
-    assert real.reshape(2, 16).sum(1).tolist() == [real_share, real_share]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -301,35 +321,205 @@ def test_batches_mix_synthetic_and_real_in_the_stated_numbers(synthetic, real_sh
 )
 def test_a_denoiser_learns_each_real_log(name):
     task = data.load(path=str(real_log(name)))
-    config = pgd.Config(features=32, blocks=1, fit_steps=300, fit_chunk=300)
+    config = pgd.Config(features=16, blocks=1, fit_steps=200, fit_chunk=200, ema=0.98)
     dataset = pgd.make_dataset(task.log, config, task.action_low, task.action_high)
-    diffusion = pgd.make_diffusion(config, dataset.obs_dim, dataset.act_dim)
-    state = diffusion.init(jax.random.key(0))
+    diffusion = pgd.make_diffusion(config)
+    state = diffusion.init(jax.random.key(0), dataset)
     validate = jax.jit(diffusion.validate)
     before = float(validate(state, dataset)["validation_loss"])
-    state, _ = jax.jit(diffusion.fit_chunk)(jax.random.key(0), state, dataset)
+    state, _ = jax.jit(diffusion.fit)(jax.random.key(0), state, dataset)
     after = float(validate(state, dataset)["validation_loss"])
     assert after < before - 0.1 < 1.0  # an untrained network is a denoiser of white noise: 1
 
 
-def test_host_evaluation_of_a_seed_does_not_depend_on_its_neighbours(monkeypatch):
-    make_envs = data.make_envs
+@pytest.mark.slow
+def test_bfloat16_activations_keep_float32_parameters_and_nearly_the_same_loss():
+    losses, dataset = {}, pgd.make_dataset(toy_log(), CONFIG)
+    for precision in ("float32", "bfloat16"):
+        config = dataclasses.replace(
+            CONFIG, precision=precision, fit_steps=200, fit_chunk=200, ema=0.98
+        )
+        generator = pgd.make_diffusion(config)
+        state = generator.init(jax.random.key(0), dataset)
+        fit = jax.jit(generator.fit).lower(jax.random.key(0), state, dataset)
+        assert bool(re.search(r"dot_general.*bf16", fit.as_text())) == (precision == "bfloat16")
+        state, _ = fit.compile()(jax.random.key(0), state, dataset)
+        assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+        losses[precision] = float(jax.jit(generator.validate)(state, dataset)["validation_loss"])
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+    assert losses["bfloat16"] != losses["float32"] < 0.9
 
-    def short_envs(*args):  # before chaos blows up the last bit
-        envs = make_envs(*args)
-        envs.limit = 50
-        return envs
 
-    monkeypatch.setattr(data, "make_envs", short_envs)
-    dataset = pgd.make_dataset(toy_log(obs_dim=17, act_dim=6), CONFIG)
-    agent = agents.td3_bc(hidden=(8,))
-    states = jax.vmap(lambda k: agent.init(k, 17, 6))(jax.random.split(jax.random.key(0), 2))
-    states = jax.tree.map(lambda x: x[None], states)  # of one point
-    both = dataclasses.replace(CONFIG, num_seeds=2, eval_episodes=2)
-    second = dataclasses.replace(both, seed=1, num_seeds=1)
-    returns = pgd.make_host_evaluate(both, "halfcheetah", agent, dataset)(0, states)
-    alone = pgd.make_host_evaluate(second, "halfcheetah", agent, dataset)(
-        0, jax.tree.map(lambda x: x[:, 1:], states)
-    )
-    assert returns.shape == (1, 2) and abs(returns[0, 0] - returns[0, 1]) > 1e-3
-    np.testing.assert_allclose(returns[0, 1], alone[0, 0], rtol=1e-3)
+# --- Sampling ---
+
+
+SAMPLER = {
+    "sample_steps": 6, "sigma_min": 0.03, "sigma_max": 7.0, "rho": 3.0, "eta": 0.6, "order": 1,
+    "s_churn": 1.3, "s_tmin": 0.1, "s_tmax": 3.0, "s_noise": 1.2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sde", "heun"])
+def test_a_sample_is_the_samplers_with_the_settings_and_the_averaged_parameters(name):
+    config = dataclasses.replace(CONFIG, sampler=name, **SAMPLER)
+    dataset, key = pgd.make_dataset(toy_log(), config), jax.random.key(3)
+    params, ema = (pgd.init_unet(jax.random.key(i), 7, 7, config) for i in (0, 1))
+    move = lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape)
+    params, ema = jax.tree.map(move, (params, ema))
+    state = pgd.DenoiserState(params, ema, (), 0)
+    x = jax.jit(lambda k: pgd.sample(k, state, dataset, config))(key)
+    ramp, s = np.arange(6) / 5, SAMPLER
+    low, high = s["sigma_min"] ** (1 / 3), s["sigma_max"] ** (1 / 3)
+    sigmas = jnp.append((high + ramp * (low - high)) ** 3, 0.0).astype(jnp.float32)
+    denoiser = pgd.precondition(lambda x, c: pgd.unet(ema, x, c, config))
+    args = denoiser, (4, 8, 7), sigmas, None
+    if name == "sde":
+        expected = jax.jit(lambda k: pgd.sample_sde(k, *args, eta=0.6, order=1))(key)
+    else:
+        churn = (1.3, 0.1, 3.0, 1.2)
+        expected = jax.jit(lambda k: pgd.sample_heun(k, *args, churn))(key)
+    np.testing.assert_allclose(x, expected, rtol=1e-3, atol=1e-3)
+
+
+# --- The rounds ---
+
+
+def fake_diffusion(config):
+    """Trajectories that are the round's random numbers, plus the weight of the guidance in the
+    reward; never logged steps, never 0."""
+
+    def generate(key, model, policy, weight, dataset):
+        num = config.trajectories * config.horizon
+        obs = 100.0 + jax.random.normal(key, (num, dataset.obs_dim))
+        action = jnp.zeros((num, dataset.act_dim))
+        reward, done = jnp.full(num, 10.0 + weight), jnp.zeros(num)
+        return pgd.Transition(obs, action, reward, done, obs, action)
+
+    return pgd.Generator(
+        lambda key, dataset: (), lambda key, model, dataset: (model, {}), generate,
+        lambda model, dataset: {}, 0, config.horizon,
+    )  # fmt: skip
+
+
+class Recorder:
+    """An agent that only remembers the last batch it was shown, and how many."""
+
+    batches_per_update = 2
+
+    def init(self, key, obs_dim, act_dim):
+        num = 2 * CONFIG.batch_size
+        shape = lambda *s: jnp.zeros((num, *s))
+        batch = pgd.Transition(
+            shape(obs_dim), shape(act_dim), shape(), shape(), shape(obs_dim), shape(act_dim)
+        )
+        return batch, jnp.zeros(())
+
+    def update(self, key, state, batch):
+        return (batch, state[1] + 1), {"shown": state[1]}
+
+    def act(self, state, obs):
+        return jnp.zeros((*obs.shape[:-1], 2)) + 0.01 * state[1]
+
+    def log_prob(self, state, obs, action):
+        return -jnp.sum(action**2, axis=-1) - state[1]
+
+
+def record(config=CONFIG, make_generator=fake_diffusion, rounds=1, evaluate=None):
+    """-> (states after each round, metrics of each, data set) of a Recorder."""
+    dataset = pgd.make_dataset(toy_log(), config)
+    program = pgd.make_program(config, Recorder(), make_generator, evaluate)
+    state, run_round, states, said = program.init(one(0), dataset), jax.jit(program.round), [], []
+    for _ in range(rounds):
+        state, metrics = run_round(one(0), state, dataset)
+        states.append(state)
+        said.append(metrics)
+    return states, said, dataset
+
+
+@pytest.mark.parametrize(
+    "maker, real", [(fake_diffusion, 4), (fake_diffusion, 9), (make_log_alone, 16)]
+)
+def test_batches_mix_synthetic_and_real_in_the_stated_numbers(maker, real):
+    config = dataclasses.replace(CONFIG, real_batch=real)
+    (state,), _, dataset = record(config, maker)
+    logged = {tuple(np.round(o, 3)) for o in np.asarray(dataset.steps[:, :3])}
+    seen = np.asarray(state.agent[0].obs)
+    is_real = np.array([tuple(np.round(o, 3)) in logged for o in seen])
+    assert is_real.reshape(2, 16).sum(1).tolist() == [real, real]
+    assert float(state.agent[1]) == CONFIG.updates
+
+
+def test_batches_come_from_the_filled_part_of_the_buffer():
+    config = dataclasses.replace(CONFIG, real_batch=0, buffer_rounds=3, trajectories=4)
+    states, _, _ = record(config, rounds=5)
+    row = lambda x: {tuple(o) for o in np.asarray(x).reshape(-1, 3).tolist()}
+    for i, state in enumerate(states):
+        shown = row(state.agent[0].obs)
+        filled = min(i + 1, 3)
+        slots = [row(state.buffer.obs[slot]) for slot in range(3)]
+        assert (0.0, 0.0, 0.0) not in shown and shown <= set().union(*slots)
+        from_each = [len(shown & slot) for slot in slots]
+        assert all(n > 0 for n in from_each[:filled]) and not any(from_each[filled:])
+
+
+def test_the_buffer_keeps_the_newest_rounds():
+    states, _, _ = record(rounds=3)
+    seen = [np.asarray(s.buffer.obs) for s in states]
+    assert np.all(seen[0][1] == 0) and np.any(seen[0][0] != 0)
+    np.testing.assert_array_equal(seen[1][0], seen[0][0])
+    np.testing.assert_array_equal(seen[2][1], seen[1][1])
+    assert np.abs(seen[2][0] - seen[0][0]).max() > 1e-3
+
+
+def test_round_0_has_weight_0_and_later_ones_have_1():
+    states, _, _ = record(rounds=2)
+    assert np.all(np.asarray(states[1].buffer.reward[0]) == 10.0)
+    assert np.all(np.asarray(states[1].buffer.reward[1]) == 11.0)
+
+
+@pytest.mark.slow
+def test_first_round_is_unguided_and_later_ones_are_not():
+    buffers = []
+    for guidance in (0.25, 0.0):
+        program, dataset = make(dataclasses.replace(CONFIG, guidance=guidance))
+        state, run_round = program.init(one(0), dataset), jax.jit(program.round)
+        state, _ = jax.jit(program.fit)(one(0), state, dataset)
+        for _ in range(2):
+            state, _ = run_round(one(0), state, dataset)
+        buffers.append(np.asarray(state.buffer.action))
+    np.testing.assert_allclose(buffers[0][0], buffers[1][0], atol=1e-5)
+    assert np.abs(buffers[0][1] - buffers[1][1]).max() > 1e-2
+
+
+def starts_and_action(key, act):
+    """An environment that tells what it is given: a random start, and the action at it."""
+    start = jax.random.uniform(key, (3,))
+    return jnp.array([start[0] + 1e3 * act(start)[0]])
+
+
+def test_the_agent_that_is_judged_is_the_one_after_the_updates():
+    _, said, _ = record(rounds=2, evaluate=starts_and_action)
+    for i, metrics in enumerate(said):
+        num = (i + 1) * CONFIG.updates
+        assert float(metrics["return"]) // 10.0 == num  # the Recorder acts by its updates
+        assert float(metrics["log_prob_synthetic"]) == pytest.approx(-num)
+        assert -num - 2 < float(metrics["log_prob_real"]) < -num
+        assert float(metrics["shown"]) == num - 2.5  # the mean over the updates
+
+
+def test_every_evaluation_has_its_own_starts_and_so_has_every_seed():
+    program, dataset = make(agent=Recorder(), evaluate=starts_and_action, synthetic="none")
+    run_round, starts = jax.jit(program.round), []
+    for seed in (0, 1):
+        state = program.init(one(seed), dataset)
+        for _ in range(3):
+            state, metrics = run_round(one(seed), state, dataset)
+            starts.append(float(metrics["return"]) % 10.0)
+    assert len({round(s, 2) for s in starts}) == 6
+
+
+def test_the_keys_of_a_run_are_all_different():
+    rows = [pgd.run_keys(one(seed), index) for seed in (0, 1) for index in (0, 1, 2)]
+    seen = lambda keys: {tuple(jax.random.key_data(k).tolist()) for k in keys}
+    once, each = seen(k for row in rows for k in row[:3]), seen(k for row in rows for k in row[3:])
+    assert len(rows[0]) == 7 and len(once) == 2 * 3 and len(each) == 6 * 4 and not once & each

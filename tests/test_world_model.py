@@ -1,6 +1,8 @@
 """The ensemble against systems whose dynamics are known, and its loss against numpy."""
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +12,31 @@ from conftest import real_log, toy_log
 
 import data
 import pgd
-import world_model as wm
+from baselines import world_model as wm
 
-CONFIG = pgd.Config(
-    synthetic="world-model", members=4, elites=3, model_hidden=32, model_layers=2,
+CONFIG = wm.Config(
+    members=4, elites=3, model_hidden=32, model_layers=2,
     model_steps=3_000, model_chunk=100, model_batch=64, rollout=5, horizon=8, trajectories=20,
     sample_batch=10, batch_size=8, validation=0.2,
 )  # fmt: skip
-PUSH = pgd.TargetPolicy(None, lambda key, obs: 0.5 * jnp.tanh(obs[..., :2]))
+PUSH = types.SimpleNamespace(sample=lambda key, obs: 0.5 * jnp.tanh(obs[..., :2]))
+
+
+class Model(types.SimpleNamespace):
+    """A Generator, and with it the predictions and measures of the module for the same config."""
+
+
+def make(config):
+    predict = functools.partial(wm.predict, config=config)
+    score = functools.partial(wm.score, config=config)
+    return Model(**wm.make_world_model(config)._asdict(), predict=predict, score=score)
 
 
 def fit(config, log):
     dataset = pgd.make_dataset(log, config)
-    model = wm.make_world_model(config, dataset.obs_dim, dataset.act_dim)
-    key, chunk = jax.random.key(0), jax.jit(model.fit_chunk)
-    state = model.init(key)
+    model = make(config)
+    key, chunk = jax.random.key(0), jax.jit(model.fit)
+    state = model.init(key, dataset)
     for _ in range(model.num_chunks):
         state, metrics = chunk(key, state, dataset)
     return model, state, dataset, metrics
@@ -35,11 +47,12 @@ def fitted():
     return fit(CONFIG, toy_log(episodes=60))
 
 
+@pytest.mark.slow
 def test_it_learns_a_noisy_linear_system_and_the_size_of_its_noise(fitted):
     model, state, dataset, _ = fitted
     t = dataset.transitions(dataset.val_rows)
     t = jax.tree.map(lambda x: x[t.done == 0], t)
-    mean, std = (x[:3] for x in dataset.normalizer)
+    mean, std = (x[:3] for x in (dataset.mean, dataset.std))
     p = jax.jit(model.predict)(state, t.obs, t.action, dataset)
     obs = t.obs * std + mean
     true = 0.9 * obs + 0.3 * t.action.sum(-1, keepdims=True)  # of the log's own making
@@ -55,13 +68,14 @@ def test_it_learns_a_noisy_linear_system_and_the_size_of_its_noise(fitted):
     assert np.median(best) - 0.02 < said["validation_r2"] < np.median(best) + 0.02
 
 
+@pytest.mark.slow
 def test_the_terminal_head_finds_where_episodes_end():
     """Terminals where the first observation is above 1, and nowhere else."""
     log = toy_log(episodes=100, length=20)
     x = log["observations"]
     log["terminals"], log["timeouts"] = x[:, 0] > 1.0, np.arange(len(x)) % 20 == 19
     log["timeouts"] &= ~log["terminals"]
-    model, state, dataset, _ = fit(dataclasses.replace(CONFIG, model_steps=1_000), log)
+    model, state, dataset, _ = fit(dataclasses.replace(CONFIG, model_steps=1_000, horizon=2), log)
     t = dataset.transitions(dataset.val_rows)
     done = jax.jit(model.predict)(state, t.obs, t.action, dataset).done.mean(0) > 0.5
     assert 0.02 < np.mean(t.done) < 0.9 and np.mean(done == (t.done > 0)) > 0.97
@@ -115,11 +129,12 @@ def test_members_differ_and_the_best_are_used(fitted):
     np.testing.assert_allclose(metrics["loss"], np.mean(state.best_error), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_stops_by_itself_and_keeps_each_members_best():
     config = dataclasses.replace(CONFIG, model_steps=4_000, patience=2, model_chunk=50)
     model, state, dataset, _ = fit(config, toy_log(episodes=60))
     assert int(state.stale) >= 2 and 100 < int(state.step) < 4_000
-    again, _ = jax.jit(model.fit_chunk)(jax.random.key(0), state, dataset)
+    again, _ = jax.jit(model.fit)(jax.random.key(0), state, dataset)
     assert int(again.step) == int(state.step)
     jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
     jax.tree.map(np.testing.assert_array_equal, again.best, state.best)
@@ -128,7 +143,7 @@ def test_training_stops_by_itself_and_keeps_each_members_best():
 def rollouts(fitted, policy=PUSH, **settings):
     _, state, dataset, _ = fitted
     config = dataclasses.replace(CONFIG, **settings)
-    model = wm.make_world_model(config, 3, 2)
+    model = make(config)
     made = jax.jit(lambda k, s, d: model.generate(k, s, policy, 1.0, d))
     t = made(jax.random.key(1), state, dataset)
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, model.length, *x.shape[1:]), t), dataset
@@ -166,21 +181,23 @@ def test_every_step_is_drawn_from_a_random_elite_with_its_spread(fitted):
     assert abs(reward.std() - 1.0) < 0.2
 
 
+@pytest.mark.slow
 def test_training_goes_through_each_members_bootstrap(fitted, monkeypatch):
     model, _, dataset, _ = fitted
-    start, seen = model.init(jax.random.key(0)), []
+    start, seen = model.init(jax.random.key(0), dataset), []
 
     def one_row(key, i, num):
         seen.append(num)
         return 0 * i
 
-    whole, _ = model.fit_chunk(jax.random.key(0), start, dataset)
+    whole, _ = model.fit(jax.random.key(0), start, dataset)
     monkeypatch.setattr(wm, "bootstrap", one_row)
-    lone, _ = model.fit_chunk(jax.random.key(0), start, dataset)
+    lone, _ = model.fit(jax.random.key(0), start, dataset)
     assert set(seen) == {len(dataset.train_rows)}
     assert np.all(lone.best_error > 2 * whole.best_error)
 
 
+@pytest.mark.slow
 def test_observations_that_never_change_are_predicted_not_to():
     log = toy_log(episodes=30)
     goal = np.repeat(np.random.default_rng(0).normal(size=30), 40)[:, None]
@@ -195,7 +212,7 @@ def test_observations_that_never_change_are_predicted_not_to():
 def test_errors_grow_with_the_length_of_a_rollout(fitted):
     """Against the true system without noise, from the same start under the same actions."""
     t, dataset = rollouts(fitted, rollout=20)
-    mean, std = (np.asarray(x[:3]) for x in dataset.normalizer)
+    mean, std = (np.asarray(x[:3]) for x in (dataset.mean, dataset.std))
     x, gap = t.obs[:, 0] * std + mean, []
     for step in range(20):
         x = 0.9 * x + 0.3 * t.action[:, step].sum(-1, keepdims=True)
@@ -208,17 +225,18 @@ def test_the_penalty_is_the_largest_predicted_spread(fitted):
     free, _ = rollouts(fitted, rollout=1)
     paid, _ = rollouts(fitted, rollout=1, penalty=2.0)
     p = model.predict(state, free.obs[:, 0], free.action[:, 0], dataset)
-    reward_std = p.reward_std / dataset.normalizer.std[-2]
+    reward_std = p.reward_std / dataset.std[-2]
     norms = np.sqrt((p.obs_std**2).sum(-1) + reward_std**2)
     np.testing.assert_allclose(free.reward - paid.reward, 2 * norms.max(0)[:, None], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_published_halfcheetah_log_is_predicted_well():
     task = data.load(path=str(real_log("safety-halfcheetah-train.hdf5")))
-    config = pgd.Config(synthetic="world-model", members=2, elites=2, model_steps=1_500)
+    config = wm.Config(members=2, elites=2, model_steps=1_500)
     dataset = pgd.make_dataset(task.log, config, task.action_low, task.action_high)
-    model = wm.make_world_model(config, dataset.obs_dim, dataset.act_dim)
+    model = make(config)
     state, _ = jax.jit(lambda k, d: jax.lax.scan(
-        lambda s, _: model.fit_chunk(k, s, d), model.init(k), None, model.num_chunks
+        lambda s, _: model.fit(k, s, d), model.init(k, d), None, model.num_chunks
     ))(jax.random.key(0), dataset)  # fmt: skip
     assert jax.jit(model.validate)(state, dataset)["validation_r2"] > 0.95

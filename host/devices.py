@@ -1,0 +1,56 @@
+"""This machine: its compilation cache and the memory of its devices."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from host.errors import UserError
+
+
+def enable_cache(folder: Path) -> None:
+    """Keep compiled programs in this folder, unless JAX_COMPILATION_CACHE_DIR names another."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds native code
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def check_backend() -> None:
+    """Start JAX's devices. Raises UserError where JAX_PLATFORMS names some that are not here."""
+    try:
+        jax.local_devices()
+    except RuntimeError as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(
+            f"JAX cannot start its devices ({reason}); install JAX for them or change JAX_PLATFORMS"
+        ) from e
+
+
+def memory_per_device(num_devices: int) -> int | None:
+    """-> free bytes of each device, None if unknown. The devices of a CPU share its memory."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if device.platform != "cpu":
+        return None
+    try:
+        free = fields_of("/proc/meminfo")["MemAvailable"] * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:  # a container's limit; the memory of its file cache can be reclaimed
+        cgroup = Path("/sys/fs/cgroup")
+        limit = int((cgroup / "memory.max").read_text())
+        used, stat = int((cgroup / "memory.current").read_text()), fields_of(cgroup / "memory.stat")
+        free = min(free, limit - used + stat["inactive_file"] + stat["active_file"])
+    except (OSError, KeyError, ValueError):
+        pass
+    return free // num_devices
+
+
+def fields_of(path: str | Path) -> dict[str, int]:
+    """A file of lines "name: number unit" or "name number" -> the numbers."""
+    rows = [line.replace(":", " ").split() for line in Path(path).read_text().splitlines()]
+    return {row[0]: int(row[1]) for row in rows}

@@ -1,0 +1,227 @@
+"""Files that are written whole or not at all, messages on stderr, and optional packages.
+
+with atomic_file(folder / "metrics.csv") as f:     # a kill leaves the last good file
+    f.write(text.encode())
+write_arrays("log.npz", arrays, {"source": "..."})  # npz or HDF5, by the suffix
+minari = require("minari", "minari")               # UserError says what to install
+"""
+
+import contextlib
+import errno
+import importlib
+import lzma
+import os
+import sys
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from host.errors import UserError
+
+# Exceptions of h5py, zipfile and numpy on a damaged file or a file of another format
+DAMAGE = (
+    OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile,
+    zlib.error, lzma.LZMAError, tokenize.TokenError,
+)  # fmt: skip
+
+
+def say(text: str) -> None:
+    """Print a line on stderr without breaking a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def require(module: str, package: str):
+    """Import an optional module -> the module. Raises UserError with the pip package to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"{module} cannot be imported ({e}); pip install {package}") from e
+
+
+def make_folder(folder: Path, variable: str) -> None:
+    """Make a folder and its parents. Raises UserError with the environment variable that sets the
+    folder's place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder} cannot be made ({e.strerror}); set {variable}") from e
+
+
+# --- Write whole or not at all ---
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, for a writer that opens files by name.
+
+    When the block ends, the temporary file is flushed to disk and renamed to `path`. When the block
+    raises, the temporary file is removed and `path` is unchanged. Makes the parent folders. The
+    temporary name is .NAME.PID.part, so that two processes do not write to the same file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
+    """Yield a binary file, open for writing, that becomes `path` when the block ends; see
+    atomic_path."""
+    with atomic_path(path) as part, open(part, "wb") as f:
+        yield f
+
+
+def write_arrays(path: Path | str, arrays: dict[str, np.ndarray], about: dict[str, str]) -> None:
+    """Arrays of N rows each, and notes `about` them -> an npz file (suffix .npz) or an HDF5 file.
+
+    The notes become further entries of an npz file, or attributes of an HDF5 file.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        with atomic_file(path) as f:
+            np.savez(f, **arrays, **about)
+    else:
+        write_hdf5(path, [arrays], len(next(iter(arrays.values()))), about)
+
+
+def write_hdf5(
+    path: Path, parts: Iterable[dict[str, np.ndarray]], rows: int, about: dict[str, str]
+) -> None:
+    """Concatenate `parts`, dicts with the same keys and `rows` rows in all, into one HDF5 file.
+
+    `about` becomes the file's attributes. Only one part at a time has to be in memory. Raises
+    OSError where the disk is full.
+    """
+    h5py = require("h5py", "h5py")
+    with atomic_path(path) as part_path:
+        try:
+            with h5py.File(part_path, "w") as f:
+                done = 0
+                for part in parts:
+                    part = {key: np.asarray(array) for key, array in part.items()}
+                    num = {len(array) for array in part.values()}.pop()
+                    for key, array in part.items():
+                        if key not in f:
+                            f.create_dataset(key, (rows, *array.shape[1:]), array.dtype)
+                        f[key][done : done + num] = array
+                    done += num
+                f.attrs.update(about)
+        except RuntimeError as e:  # h5py reports a full disk as a RuntimeError
+            raise OSError(f"{path} could not be written ({e})") from e
+
+
+# --- Read files from strangers ---
+
+
+def read_arrays(
+    path: Path, names: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
+    """The arrays `names` of an npz file (suffix .npz) or an HDF5 file -> {name: array}, in the
+    order of `names`.
+
+    Arrays of numbers become float32; arrays of bool stay bool. Names in `optional` may be missing
+    from the file. Raises UserError if the file is missing, empty, damaged or of another format, and
+    on arrays that are missing, hold no numbers, have neither one nor two axes, lie in another file,
+    or are too large. Python objects are never loaded.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty; fetch or write it again")
+    read, kind = (_read_npz, "npz") if path.suffix == ".npz" else (_read_hdf5, "HDF5")
+    try:
+        return read(path, names, optional)
+    except DAMAGE as e:
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES):
+            raise
+        raise UserError(f"{path} cannot be read as {kind}; it is damaged or of another kind") from e
+
+
+def _read_hdf5(path: Path, names: tuple[str, ...], optional: tuple[str, ...]) -> dict:
+    h5py = require("h5py", "h5py")
+    with h5py.File(path, "r") as f:
+        found = {}
+        for name in names:
+            if isinstance(f.get(name), h5py.Dataset):
+                found[name] = own_dataset(f, name)
+        _check_headers(
+            path, {name: (x.dtype, x.shape) for name, x in found.items()}, names, optional
+        )
+        arrays = {}
+        for name, x in found.items():  # read_direct makes no copy in the file's own dtype
+            arrays[name] = np.empty(x.shape, bool if x.dtype == bool else np.float32)
+            if arrays[name].size:
+                x.read_direct(arrays[name])
+        return arrays
+
+
+def own_dataset(f, name: str):
+    """An open h5py.File -> its data set `name`. Raises UserError if the data lie in another file,
+    through a link, as raw data or as a virtual data set."""
+    x = f[name]
+    if x.file.filename != f.filename or x.external or x.is_virtual:
+        raise UserError(f"{f.filename}: {name} lies in another file, which is not followed")
+    return x
+
+
+def _read_npz(path: Path, names: tuple[str, ...], optional: tuple[str, ...]) -> dict:
+    headers = {}
+    with zipfile.ZipFile(path) as z:
+        for name in names:
+            if f"{name}.npy" in z.namelist():
+                with z.open(f"{name}.npy") as f:
+                    version = np.lib.format.read_magic(f)
+                    read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+                        version, np.lib.format.read_array_header_2_0
+                    )
+                    shape, _, dtype = read(f)
+                    headers[name] = dtype, shape
+    _check_headers(path, headers, names, optional)
+    with np.load(path, allow_pickle=False) as z, np.errstate(over="ignore"):
+        as_is = lambda x: x if x.dtype == bool else x.astype(np.float32, copy=False)
+        return {name: as_is(z[name]) for name in headers}
+
+
+def _check_headers(
+    path: Path,
+    headers: dict[str, tuple[np.dtype, tuple | None]],
+    names: tuple[str, ...],
+    optional: tuple[str, ...],
+) -> None:
+    """Check {name: (dtype, shape)} before the arrays are read, as read_arrays describes."""
+    needed = [name for name in names if name not in optional]
+    if lacking := sorted(set(needed) - set(headers)):
+        raise UserError(f"{path} has no {', '.join(lacking)}; it needs {', '.join(needed)}")
+    declared = 0
+    for name, (dtype, shape) in headers.items():
+        if dtype.kind == "O":
+            raise UserError(f"{path}: {name} holds Python objects, which are never loaded")
+        if dtype.kind not in "fiub":
+            raise UserError(f"{path}: {name} holds {dtype}, not numbers")
+        if shape is None or len(shape) not in (1, 2):
+            raise UserError(f"{path}: {name} has shape {shape}, it should be (N, ...)")
+        declared += int(np.prod(shape, dtype=object)) * dtype.itemsize
+    stored = path.stat().st_size
+    if declared > 200 * stored + 2**26:
+        raise UserError(
+            f"{path} is {stored:,} bytes and declares {declared:,} bytes of numbers; it is not read"
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if declared > 0.5 * memory:
+        raise UserError(
+            f"{path} holds {declared / 1e9:.1f} GB of numbers, too much for the "
+            f"{memory / 1e9:.1f} GB of this machine; cut it"
+        )

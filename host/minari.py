@@ -1,0 +1,200 @@
+"""Minari's data sets, read as logs, and the environments that they name.
+
+log, about = read_minari("mujoco/hopper/medium-v0")
+make = minari_environment(open_minari("mujoco/hopper/medium-v0"))   # None if unusable here
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from host.errors import UserError
+from host.files import DAMAGE, make_folder, require, say
+
+# D4RL's task, without its version -> Minari's data set on the same task. The MuJoCo data sets are
+# new recordings, not D4RL's.
+MINARI_NAMES = {
+    **{
+        f"{task}-{kind}": f"mujoco/{task}/{kind}-v0"
+        for task in ("halfcheetah", "hopper", "walker2d", "ant")
+        for kind in ("medium", "expert")
+    },
+    **{
+        f"{task}-{kind}": f"D4RL/{task}/{kind}-v2"
+        for task in ("pen", "hammer", "door", "relocate")
+        for kind in ("human", "cloned", "expert")
+    },
+    **{
+        f"maze2d-{maze}": f"D4RL/pointmaze/{maze}-v2"
+        for maze in ("umaze", "medium", "large", "umaze-dense", "medium-dense", "large-dense")
+    },
+    **{
+        f"antmaze-{maze}": f"D4RL/antmaze/{maze}-v1"
+        for maze in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play",
+                     "large-diverse")
+    },
+    **{f"kitchen-{kind}": f"D4RL/kitchen/{kind}-v2" for kind in ("complete", "partial", "mixed")},
+}  # fmt: skip
+
+# The arrays of a log in D4RL's layout
+ARRAYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+
+
+def check_minari_name(name: str) -> str:
+    """A Minari identifier such as mujoco/hopper/medium-v0 -> the same. Raises UserError on any
+    other text."""
+    if not re.fullmatch(r"[\w-]+(/[\w-]+)*-v\d+", name):
+        raise UserError(
+            f"'minari:{name}' is no Minari name; it should look like minari:ENV/DATA-v0"
+        )
+    return name
+
+
+def open_minari(name: str):
+    """Minari name -> minari.MinariDataset, fetched by the minari package if it is not on disk.
+    Raises UserError if there is no such data set or if it is unreadable."""
+    minari = require("minari", "minari")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every failed try
+    folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
+    make_folder(Path(folder).expanduser(), "MINARI_DATASETS_PATH")
+    try:
+        return minari.load_dataset(name, download=True)
+    except Exception as e:  # the package, its hub client and the file raise errors of many types
+        reason = " ".join(str(e).split())[:150]
+        raise UserError(
+            f"Minari has no readable data set {name} here or at its remote ({type(e).__name__}: "
+            f"{reason}); python data.py list names the local ones"
+        ) from e
+
+
+# --- Data set -> log ---
+
+
+class About(NamedTuple):
+    """What a Minari data set says of itself."""
+
+    bounds: tuple[np.ndarray, np.ndarray]  # lowest and highest action, (A,) each
+    reference: tuple[float, float] | None  # undiscounted returns with scores 0 and 100
+    has_environment: bool  # minari_environment gives one
+
+
+def read_minari(name: str) -> tuple[dict[str, np.ndarray], About]:
+    """Minari name -> (log of N rows in D4RL's layout with next_observations, About).
+
+    Observations in a Dict, Tuple or Discrete space are flattened in the space's order. The last of
+    the T + 1 observations of an episode appears only in next_observations. An episode whose last
+    step has no flag ends by a timeout. Raises UserError if the data set is missing, damaged or
+    empty, or has actions outside a Box.
+    """
+    found = open_minari(name)
+    spaces = require("gymnasium", "gymnasium").spaces
+    if not isinstance(found.action_space, spaces.Box):
+        raise UserError(f"minari:{name} has no continuous actions, but {found.action_space}")
+    try:
+        log = _read_episodes(found, name)
+        metadata = found.storage.metadata
+        reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+        reference = None if None in reference else tuple(map(float, reference))
+    except (*DAMAGE, IndexError, AttributeError, MemoryError) as e:
+        raise UserError(
+            f"minari:{name} is damaged ({type(e).__name__}); remove it and fetch or write it again"
+        ) from e
+    space = found.action_space
+    return log, About(
+        bounds=(np.ravel(space.low).astype(np.float32), np.ravel(space.high).astype(np.float32)),
+        reference=reference if reference and reference[0] < reference[1] else None,
+        has_environment=minari_environment(found) is not None,
+    )
+
+
+def _read_episodes(found, name: str) -> dict[str, np.ndarray]:
+    """MinariDataset -> log with the episodes end to end."""
+    num, log, at = int(found.total_steps), None, 0
+    for episode in tqdm(found.iterate_episodes(), name, total=found.total_episodes, disable=None):
+        obs = _flatten(found.observation_space, episode.observations, f"minari:{name}")
+        action = _flatten(found.action_space, episode.actions, f"minari:{name}")
+        if at + len(action) > num:
+            raise UserError(f"minari:{name} has more than the {num} steps that it declares")
+        if len(obs) != len(action) + 1:
+            raise UserError(
+                f"minari:{name}: episode {episode.id} has {len(obs)} observations and "
+                f"{len(action)} actions; it should have one more observation than actions"
+            )
+        if not len(action):
+            continue
+        terminal = np.asarray(episode.terminations, bool)
+        timeout = np.asarray(episode.truncations, bool) & ~terminal
+        timeout[-1] |= not terminal[-1]
+        rows = obs[:-1], action, np.asarray(episode.rewards), terminal, timeout, obs[1:]
+        if log is None:
+            kinds = (np.float32, np.float32, np.float32, bool, bool, np.float32)
+            log = {
+                key: np.empty((num, *x.shape[1:]), kind)
+                for key, x, kind in zip(ARRAYS, rows, kinds)
+            }
+        for array, x in zip(log.values(), rows):
+            array[at : at + len(action)] = x
+        at += len(action)
+    if not at:
+        raise UserError(f"minari:{name} is empty")
+    return {key: array[:at] for key, array in log.items()}
+
+
+def _flatten(space, x, where: str) -> np.ndarray:
+    """T elements of a space, stacked as Minari stores them -> (T, n), each as gymnasium flattens
+    it."""
+    spaces = require("gymnasium", "gymnasium").spaces
+    if isinstance(space, spaces.Box):
+        return np.asarray(x, np.float32).reshape(len(x), -1)
+    if isinstance(space, spaces.Discrete):
+        return np.eye(space.n, dtype=np.float32)[np.asarray(x) - space.start]
+    if isinstance(space, spaces.Dict):
+        return np.concatenate([_flatten(s, x[k], where) for k, s in space.items()], axis=1)
+    if isinstance(space, spaces.Tuple):
+        return np.concatenate([_flatten(s, v, where) for s, v in zip(space, x)], axis=1)
+    raise UserError(f"{where} has observations of {space}, which cannot be flattened to a vector")
+
+
+# --- The environment of a data set ---
+
+
+def minari_environment(found) -> Callable | None:
+    """MinariDataset -> make(), which builds the environment that the data set was recorded in.
+
+    None if the environment cannot be used; one line on stderr then says why. Only environments that
+    gymnasium or gymnasium-robotics registers are built. Code that the data set itself names, such
+    as an entry point or a wrapper, is never run.
+    """
+    spec = found.env_spec
+    if spec is None or spec.max_episode_steps is None:
+        return None
+    gymnasium = require("gymnasium", "gymnasium")
+    gymnasium.logger.min_level = gymnasium.logger.ERROR
+    with contextlib.suppress(ImportError):
+        import gymnasium_robotics
+
+        gymnasium.register_envs(gymnasium_robotics)
+    settings = dict(spec.kwargs) | {"max_episode_steps": spec.max_episode_steps}
+    make = functools.partial(gymnasium.make, spec.id, disable_env_checker=True, **settings)
+    reason = "no such environment is registered here"
+    if spec.additional_wrappers:
+        reason = "it was wrapped"
+    elif spec.id in gymnasium.registry:
+        try:
+            make().close()
+            return make
+        except Exception as e:  # an environment may raise anything on settings it does not know
+            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+    say(
+        f"the log was recorded in {spec.id}, which cannot be used here ({reason}); going on "
+        "without returns"
+    )
+    return None

@@ -1,0 +1,1 @@
+"""Programs behind the figures and tables of docs/: one per page."""

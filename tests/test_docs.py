@@ -1,0 +1,138 @@
+"""What README.md and docs/ say: examples run, links lead somewhere, sizes and names hold."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, toy_log
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, heading: str | None = None) -> str:
+    """The python examples of a page, or of one of its sections."""
+    text = page.read_text()
+    if heading:
+        text = re.split(rf"^## {re.escape(heading)}$", text, flags=re.M)[1]
+        text = re.split(r"^## ", text, flags=re.M)[0]
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
+
+
+def run(code: str, folder, path: str = str(ROOT)):
+    """Run an example in a folder, with these modules within reach."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+LOG = "import numpy\nlog = dict(numpy.load('log.npz'))\n"
+
+
+@pytest.mark.slow
+def test_the_readmes_example_of_copying_runs(tmp_path):
+    np.savez(tmp_path / "log.npz", **toy_log())
+    code = blocks(ROOT / "README.md", "Copy it").replace("fit_steps=1_000", "fit_steps=100")
+    done = run(LOG + code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("(2, 4096, 3)")
+
+
+@pytest.mark.slow
+def test_the_example_of_another_project_runs_with_pgd_alone(tmp_path):
+    np.savez(tmp_path / "log.npz", **toy_log())
+    (tmp_path / "pgd.py").write_text((ROOT / "pgd.py").read_text())
+    code = blocks(ROOT / "docs" / "developing.md", "Use pgd.py in another project")
+    code = code.replace("fit_steps=1_000, rounds=5", "fit_steps=100, rounds=2, horizon=8")
+    done = run(LOG + code, tmp_path, path=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("(2, 2048, 3)")
+
+
+@pytest.fixture(scope="module")
+def conditioned(tmp_path_factory):
+    """A small finished run with given starts."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    flags = "--preset smoke --condition-on-start --horizon 8 --eval-episodes 2 --fit-batch 64"
+    command = [sys.executable, str(ROOT / "pgd.py"), *flags.split(), "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_examples_of_guides_run(conditioned, tmp_path):
+    """As they stand, but on a small run and in smaller batches."""
+    code = blocks(ROOT / "docs" / "guides.md", "Guides in Python")
+    code = code.replace("runs/mine", str(conditioned)).replace("(128,)", "(8,)")
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    *start, zero, low, high, early1, _, _, expert = done.stdout.splitlines()
+    first = np.float64(start[0].strip("[ ]").split())
+    np.testing.assert_allclose(first, [-1.0, 0.0, 0.0], atol=1e-5)
+    rewards = [float(line.split()[1]) for line in (zero, low, high)]
+    assert rewards[0] < rewards[1] < rewards[2]
+    assert early1.startswith("early1 ") and np.isfinite(float(expert.split()[1]))
+
+
+def test_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 12_000
+
+
+def test_pgd_keeps_its_budget():
+    text = (ROOT / "pgd.py").read_text()
+    assert len(text.splitlines()) <= 800
+    tree = ast.parse(text)
+
+    def depth(node) -> int:
+        inner = max((depth(child) for child in ast.iter_child_nodes(node)), default=0)
+        return inner + isinstance(node, ast.FunctionDef)
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 60, node.name
+    assert depth(tree) <= 3
+    imported = {
+        (name.name if isinstance(node, ast.Import) else node.module).split(".")[0]
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+    }
+    assert not imported & {"agents", "data", "host", "baselines", "studies", "tyro", "gymnax"}
+
+
+def test_the_root_shows_three_modules():
+    assert {p.name for p in ROOT.glob("*.py")} == {"pgd.py", "agents.py", "data.py"}
+
+
+def test_every_function_of_the_equation_table_is_in_pgd():
+    import pgd
+
+    text = (ROOT / "README.md").read_text()
+    table = text.split("## Equation to function")[1].split("\n## ")[0]
+    names = [name for line in table.splitlines()[3:] for name in re.findall(r"`(\w+)`", line)]
+    assert len(names) > 10
+    for name in names:
+        assert hasattr(pgd, name), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_flags_that_pages_name_exist(page):
+    from host import flags
+
+    known = {flags.dashed(f.name) for f in flags.all_flags()} | {"--help", "--help-all"}
+    known |= {f"--no-{name[2:]}" for name in known}
+    for line in page.read_text().splitlines():
+        for command in re.findall(r"python pgd\.py([^`|#]*)", line):
+            for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", command):
+                assert flag in known, f"{page.name}: {flag} in {line}"
