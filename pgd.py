@@ -170,7 +170,7 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
     timeouts = np.asarray(log["timeouts"], bool) & ~terminals
     timeouts[-1] |= not terminals[-1]
     (num, num_obs), num_act = obs.shape, action.shape[1]
-    last_part = max(config.horizon, round(config.validation * num))
+    last_part = max(config.horizon + 1, round(config.validation * num))
     one_episode = not np.any((terminals | timeouts)[:-1]) and num > last_part
     if one_episode:  # its last part is held out
         timeouts[-last_part - 1] = True
@@ -215,15 +215,15 @@ def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
     transitions, from the middle on, where the denoiser errs least."""
     chex.assert_rank(x, 3)
     t, step = dataset.split(x), jnp.arange(x.shape[1])
-    follow = lambda y: jnp.concatenate([y[:, 1:], y[:, -1:]], axis=1)
-    t = t._replace(next_obs=follow(t.obs), next_action=follow(t.action))
-    alive = jnp.cumsum(t.done, axis=1) - t.done == 0  # (S, T), no terminal before this step
-    goes_on = alive & (t.done == 0) & (step < x.shape[1] - 1)
-    kept = goes_on | (alive & (t.done > 0))
-    count = jnp.sum(goes_on, axis=1, keepdims=True)
+    pick = jax.vmap(lambda x, i: x[i])  # from each trajectory by its own indices
+    after = jnp.where(t.done > 0, step, jnp.minimum(step + 1, x.shape[1] - 1))  # (S, T)
+    t = t._replace(next_obs=pick(t.obs, after), next_action=pick(t.action, after))
+    alive = jnp.cumsum(t.done, axis=1) - t.done == 0  # no terminal before this step
+    kept = alive & ((t.done > 0) | (step < x.shape[1] - 1))
+    count = jnp.sum(kept & (t.done == 0), axis=1, keepdims=True)
     copied = (step - jnp.sum(kept, axis=1, keepdims=True) + count // 2) % jnp.maximum(count, 1)
-    pick = lambda x: jax.vmap(lambda x, i: x[i])(x, jnp.where(kept, step, copied))
-    return jax.tree.map(lambda x: pick(x).reshape(-1, *x.shape[2:]), t)
+    index = jnp.where(kept, step, copied)
+    return jax.tree.map(lambda x: pick(x, index).reshape(-1, *x.shape[2:]), t)
 
 
 # --- Denoiser network: a residual temporal U-Net over x (..., T, C) ---

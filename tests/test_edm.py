@@ -355,7 +355,7 @@ def test_group_norm_standardises_each_group_over_time_and_channels():
     np.testing.assert_allclose(y.std((1, 3)), 1.0, atol=1e-3)
 
 
-@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("levels", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_network_takes_any_leading_axes_and_one_or_many_noise_levels(levels):
     config = dataclasses.replace(pgd.Config(), features=8, levels=levels, blocks=1)
     params = jax.jit(lambda key: shaken(pgd.init_unet(key, 5, 5, config)))(jax.random.key(0))

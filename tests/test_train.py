@@ -116,6 +116,7 @@ def test_a_plain_run_of_five_seeds_gives_what_five_runs_of_a_seed_give():
         )
 
 
+@pytest.mark.slow
 def test_the_host_is_told_of_every_chunk():
     told = []
     dataset = pgd.make_dataset(toy_log(), CONFIG)
@@ -219,6 +220,7 @@ def test_a_fused_run_has_no_callbacks_and_is_found_in_the_compilation_cache(tmp_
 # --- The fit ---
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_a_warm_up_and_a_cosine():
     config = dataclasses.replace(CONFIG, fit_steps=40, fit_lr=0.01, fit_chunk=1)
     dataset, generator = pgd.make_dataset(toy_log(), config), pgd.make_diffusion(config)

@@ -117,6 +117,7 @@ def test_a_bootstrap_holds_about_63_percent_of_the_log_and_is_always_the_same():
     assert np.mean(wm.bootstrap(jax.random.key(1), i, 5_000) == drawn) < 0.01
 
 
+@pytest.mark.slow
 def test_members_differ_and_the_best_are_used(fitted):
     model, state, dataset, metrics = fitted
     t = dataset.transitions(dataset.val_rows[:50])
@@ -149,6 +150,7 @@ def rollouts(fitted, policy=PUSH, **settings):
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, model.length, *x.shape[1:]), t), dataset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 5, 40])
 def test_rollouts_start_in_the_log_and_follow_the_policy(fitted, length):
     t, dataset = rollouts(fitted, rollout=length)
@@ -164,6 +166,7 @@ def test_rollouts_start_in_the_log_and_follow_the_policy(fitted, length):
     np.testing.assert_allclose(t.next_action[on], 0.5 * np.tanh(t.next_obs[on][..., :2]), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_step_is_drawn_from_a_random_elite_with_its_spread(fitted):
     model, state, dataset, _ = fitted
     chosen = np.argsort(state.best_error)[:3]
@@ -209,6 +212,7 @@ def test_observations_that_never_change_are_predicted_not_to():
     assert jax.jit(model.validate)(state, dataset)["validation_r2"] > 0.5
 
 
+@pytest.mark.slow
 def test_errors_grow_with_the_length_of_a_rollout(fitted):
     """Against the true system without noise, from the same start under the same actions."""
     t, dataset = rollouts(fitted, rollout=20)
@@ -220,6 +224,7 @@ def test_errors_grow_with_the_length_of_a_rollout(fitted):
     assert gap[0] < gap[4] < gap[12] and gap[0] < 2 * 0.05**2
 
 
+@pytest.mark.slow
 def test_the_penalty_is_the_largest_predicted_spread(fitted):
     model, state, dataset, _ = fitted
     free, _ = rollouts(fitted, rollout=1)
