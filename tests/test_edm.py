@@ -298,9 +298,9 @@ def test_training_approaches_the_exact_denoiser_of_a_gaussian_process(levels):
     }
     config = pgd.Config(
         horizon=horizon,
-        features=16,
+        features=32 if levels == 1 else 16,
         levels=levels,
-        blocks=1,
+        blocks=2 if levels == 1 else 1,
         fit_steps=400,
         fit_chunk=400,
         fit_batch=64,

@@ -323,7 +323,7 @@ def test_validation_is_of_the_average_on_held_out_windows(monkeypatch):
 )
 def test_a_denoiser_learns_each_real_log(name):
     task = data.load(path=str(real_log(name)))
-    config = pgd.Config(features=16, blocks=1, fit_steps=200, fit_chunk=200, ema=0.98)
+    config = pgd.Config(features=32, blocks=1, fit_steps=250, fit_chunk=250, ema=0.98)
     dataset = pgd.make_dataset(task.log, config, task.action_low, task.action_high)
     diffusion = pgd.make_diffusion(config)
     state = diffusion.init(jax.random.key(0), dataset)

@@ -238,7 +238,7 @@ def test_the_penalty_is_the_largest_predicted_spread(fitted):
 @pytest.mark.slow
 def test_the_published_halfcheetah_log_is_predicted_well():
     task = data.load(path=str(real_log("safety-halfcheetah-train.hdf5")))
-    config = wm.Config(members=2, elites=2, model_steps=1_500)
+    config = wm.Config(members=2, elites=2, model_steps=1_000, model_hidden=128)
     dataset = pgd.make_dataset(task.log, config, task.action_low, task.action_high)
     model = make(config)
     state, _ = jax.jit(lambda k, d: jax.lax.scan(
