@@ -521,7 +521,8 @@ def run_on_hosts(given: Flags) -> dict:
         raise UserError(f"--num-seeds {config.num_seeds} does not divide over {num} hosts")
     else:
         config = dataclasses.replace(config, seed=config.seed + index * share, num_seeds=share)
-        job = dataclasses.replace(job, out=f"{out}/host{index}")
+        # The share of a host is a run like another, whose seeds need not divide again
+        job = dataclasses.replace(job, out=f"{out}/host{index}", num_hosts=None)
     try:
         if not job.resume and index == 0:
             run_folder.refuse_existing(out)

@@ -113,8 +113,8 @@ def test_every_run_of_a_program_equals_that_run_alone(synthetic, shared, sweep, 
         assert_close(row(rest(state), i), rest(state_alone), 1e-3)
         assert_close(metrics["return"][:, i], metrics_alone["return"], 1e-3)
         assert_close(row(said, i), said_alone, 2e-4)
-    for values in said.values():  # each model has a value of its own
-        assert len(set(np.round(values, 3).tolist())) == models
+    for values in (said[name] for name in said if "within" not in name):  # each its own
+        assert len(set(np.round(values, 4).tolist())) == models
     last = np.asarray(metrics["return"])[-1]
     assert len(set(last.tolist())) == layout.num_runs
     many = jax.eval_shape(jax.jit(program.generate), layout.runs, state, dataset)
