@@ -31,16 +31,17 @@ def make_diffusion_with_clone(config: pgd.Config, cloner) -> pgd.Generator:
     The clone has as many updates as the denoiser has gradient steps, on the training episodes.
     """
     diffusion = pgd.make_diffusion(config)
+    # A key that the denoiser never uses, so that the denoiser is the same as without a clone
+    clone_key = lambda key: jax.random.fold_in(key, 2**31 - 1)
 
     def init(key, dataset):
-        key_denoiser, key_clone = jax.random.split(key)
-        clone = cloner.init(key_clone, dataset.obs_dim, dataset.act_dim)
-        denoiser = diffusion.init(key_denoiser, dataset)
+        clone = cloner.init(clone_key(key), dataset.obs_dim, dataset.act_dim)
+        denoiser = diffusion.init(key, dataset)
         return ClonedState(denoiser, clone, jnp.zeros((), jnp.int32))
 
     def fit(key, state, dataset):
-        key_denoiser, key_clone = jax.random.split(key)
-        denoiser, metrics = diffusion.fit(key_denoiser, state.denoiser, dataset)
+        key_clone = clone_key(key)
+        denoiser, metrics = diffusion.fit(key, state.denoiser, dataset)
 
         def draw(key):
             rows = jax.random.choice(key, dataset.train_rows, (config.batch_size,))

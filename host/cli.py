@@ -225,7 +225,8 @@ def compile_checked(session: Session, f: Callable, runs, state, dataset) -> Call
     with spread.on(session.mesh):
         compiled = jax.jit(f, donate_argnums=1, **settings).lower(runs, state, dataset).compile()
     available = devices.memory_per_device(session.mesh.size)
-    spread.check_memory(compiled, session.layout.num_runs, available, session.mesh.size)
+    share = session.mesh.size if session.mesh.axis_names == ("run",) else 1
+    spread.check_memory(compiled, session.layout.num_runs, available, share)
     return compiled
 
 

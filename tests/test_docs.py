@@ -29,16 +29,17 @@ def run(code: str, folder, path: str = str(ROOT)):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
+SMALL = "fit_steps=100, features=16, blocks=1, sample_steps=4, trajectories=32, sample_batch=32"
 LOG = "import numpy\nlog = dict(numpy.load('log.npz'))\n"
 
 
 @pytest.mark.slow
 def test_the_readmes_example_of_copying_runs(tmp_path):
     np.savez(tmp_path / "log.npz", **toy_log())
-    code = blocks(ROOT / "README.md", "Copy it").replace("fit_steps=1_000", "fit_steps=100")
+    code = blocks(ROOT / "README.md", "Copy it").replace("fit_steps=1_000", SMALL)
     done = run(LOG + code, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith("(2, 4096, 3)")
+    assert done.stdout.rstrip().endswith("(2, 512, 3)")
 
 
 @pytest.mark.slow
@@ -46,10 +47,10 @@ def test_the_example_of_another_project_runs_with_pgd_alone(tmp_path):
     np.savez(tmp_path / "log.npz", **toy_log())
     (tmp_path / "pgd.py").write_text((ROOT / "pgd.py").read_text())
     code = blocks(ROOT / "docs" / "developing.md", "Use pgd.py in another project")
-    code = code.replace("fit_steps=1_000, rounds=5", "fit_steps=100, rounds=2, horizon=8")
+    code = code.replace("fit_steps=1_000, rounds=5", f"{SMALL}, rounds=2, horizon=8")
     done = run(LOG + code, tmp_path, path=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith("(2, 2048, 3)")
+    assert done.stdout.rstrip().endswith("(2, 256, 3)")
 
 
 @pytest.fixture(scope="module")

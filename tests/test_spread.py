@@ -36,7 +36,9 @@ def program_of(f: flags.Flags, mesh=None):
     """-> (program of all runs, layout, data set, program of one run)."""
     layout = lay_out(f)
     swept = any(name.startswith("hyper.") for name in layout.labels[0])
-    agent = (lambda **hyper: agents.td3_bc(hidden=(16, 16), **hyper)) if swept else AGENT
+    make_agent = lambda **hyper: agents.td3_bc(hidden=(16, 16), **hyper)
+    learns_rewards = f.job.synthetic == "world-model"
+    agent = make_agent if swept else make_agent() if learns_rewards else AGENT
     program = pgd.make_program(f.config, agent, MAKERS[f.job.synthetic], evaluate)
     mesh = mesh or spread.make_mesh(layout.num_runs, 1)
     dataset = pgd.make_dataset(toy_log(), f.config)
@@ -370,7 +372,7 @@ def check(name, f, num, shape, batches=(), tol=1e-4):
     return found
 
 
-for shared in (True, False) if NUM == 2 else (False,):
+for shared in (True, False) if NUM == 2 else ():
     # one model for all, or one for each of as many runs as devices
     f = given(dataclasses.replace(config, num_seeds=NUM), shared_denoiser=shared)
     found = check("seeds", f, NUM, {"run": NUM})
