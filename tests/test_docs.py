@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, toy_log
 
+import agents
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -133,7 +135,9 @@ def test_flags_that_pages_name_exist(page):
 
     known = {flags.dashed(f.name) for f in flags.all_flags()} | {"--help", "--help-all"}
     known |= {f"--no-{name[2:]}" for name in known}
+    hyper = {name for agent in agents.AGENTS for name in agents.hyperparameters(agent)}
+    known |= {flags.dashed(f"hyper.{name}") for name in hyper}
     for line in page.read_text().splitlines():
         for command in re.findall(r"python pgd\.py([^`|#]*)", line):
-            for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", command):
+            for flag in re.findall(r"(?<!\S)--[a-z][a-z.-]*", command):
                 assert flag in known, f"{page.name}: {flag} in {line}"
