@@ -59,9 +59,9 @@ MUTANTS = [
         ("(raw[..., -1] > 0.5)", "(raw[..., -1] > 0.9)"),
         ("(action + 1.0) * 0.5", "(action + 1.0)"),
         ("timeouts[-1] |= not terminals[-1]", "pass"),
-        ("shuffled = episodes if one_episode else", "shuffled ="),
+        ("last_part = max(config.horizon + 1,", "last_part = max(config.horizon,"),
         # transitions of sampled trajectories
-        ("jnp.concatenate([y[:, 1:], y[:, -1:]], axis=1)", "y"),
+        ("jnp.where(t.done > 0, step,", "jnp.where(t.done > 9, step,"),
         ("alive = jnp.cumsum(t.done, axis=1) - t.done == 0", "alive = t.done >= 0"),
         ("+ count // 2) %", ") %"),
         # network, loss, schedule

@@ -141,3 +141,10 @@ def test_flags_that_pages_name_exist(page):
         for command in re.findall(r"python pgd\.py([^`|#]*)", line):
             for flag in re.findall(r"(?<!\S)--[a-z][a-z.-]*", command):
                 assert flag in known, f"{page.name}: {flag} in {line}"
+
+
+def test_every_mutant_still_applies():
+    import mutants
+
+    assert len(mutants.MUTANTS) >= 60
+    assert not [m for m in mutants.MUTANTS if mutants.problem(m)]
