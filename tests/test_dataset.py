@@ -337,3 +337,10 @@ def test_actions_outside_a_simulators_bounds_are_said_once_and_clipped(tmp_path,
     dataset = pgd.make_dataset(task.log, pgd.Config(horizon=8), task.action_low, task.action_high)
     action = dataset.split(dataset.steps[:480]).action
     np.testing.assert_allclose(np.abs(action), 0.999, atol=1e-4)
+
+
+def test_a_sampled_step_is_a_terminal_above_one_half(log):
+    dataset = pgd.make_dataset(log, pgd.Config(horizon=8))
+    steps = np.zeros((2, dataset.steps.shape[-1]), np.float32)
+    steps[:, -1] = (np.array([0.4, 0.6]) - float(dataset.mean[-1])) / float(dataset.std[-1])
+    assert np.asarray(dataset.split(jnp.asarray(steps)).done).tolist() == [0.0, 1.0]
