@@ -343,4 +343,4 @@ def test_a_sampled_step_is_a_terminal_above_one_half(log):
     dataset = pgd.make_dataset(log, pgd.Config(horizon=8))
     steps = np.zeros((2, dataset.steps.shape[-1]), np.float32)
     steps[:, -1] = (np.array([0.4, 0.6]) - float(dataset.mean[-1])) / float(dataset.std[-1])
-    assert np.asarray(dataset.split(jnp.asarray(steps)).done).tolist() == [0.0, 1.0]
+    assert np.asarray(dataset.split(jax.numpy.asarray(steps)).done).tolist() == [0.0, 1.0]
