@@ -76,9 +76,9 @@ class Config:
     s_tmax: float = 50.0  # heun: no churn above this noise level
     s_noise: float = 1.003  # heun: inflation of the added noise
     # --- Guidance ---
-    guidance: float = 0.25  # strength of guidance along grad_a log pi(a|s); 0 is unguided
-    value_guidance: float = 0.0  # strength of guidance along grad_a Q(s, a) of the critic
-    behaviour_guidance: float = 0.0  # strength of guidance against grad_a log beta(a|s)
+    guidance: float = 16.0  # exponent lambda of the policy's density pi(a|s); 0 is unguided
+    value_guidance: float = 0.0  # weight of the critic's Q(s, a) / mean |Q| in the log-density
+    behaviour_guidance: float = 0.0  # exponent by which a clone of the log's policy is divided out
     condition_on_start: bool = False  # generate trajectories from given first observations
     # --- Agent loop ---
     rounds: int = 10  # number of rounds: new synthetic data, then agent updates
@@ -237,8 +237,7 @@ def init_dense(key, fan_in: int, fan_out: int, scale: float = 1.0) -> dict:
 
 def dense(params: dict, x: chex.Array) -> chex.Array:
     """x (..., I) -> (..., O). One flat product trains a sixth faster on CPU than a batched one."""
-    y = x.reshape(-1, x.shape[-1]) @ params["w"] + params["b"]
-    return y.reshape(*x.shape[:-1], -1)
+    return (x.reshape(-1, x.shape[-1]) @ params["w"] + params["b"]).reshape(*x.shape[:-1], -1)
 
 
 def unfold(x: chex.Array, kernel: int) -> chex.Array:
@@ -282,9 +281,8 @@ def init_unet(key, dim_in: int, dim_out: int, config: Config) -> dict:
     f, key = config.features, iter(jax.random.split(key, 4 + 2 * config.levels * config.blocks))
     widths = [f * 2**level for level in range(config.levels)]
 
-    def init_blocks(c_in, c):
-        return [init_block(next(key), i, c, config) for i in [c_in] + [c] * (config.blocks - 1)]
-
+    inputs = lambda c_in, c: [c_in] + [c] * (config.blocks - 1)
+    init_blocks = lambda *c: [init_block(next(key), i, c[1], config) for i in inputs(*c)]
     return {
         "embed": [init_dense(next(key), f, f), init_dense(next(key), f, f)],
         "in": init_dense(next(key), config.kernel * dim_in, f),
@@ -363,40 +361,36 @@ def noise_levels(config: Config) -> chex.Array:
     return jnp.append((low + ramp * (high - low)) ** config.rho, 0.0)
 
 
-def sample_heun(key, denoiser: Callable, shape, sigmas, guide=None, churn=(0, 0, 0, 1)):
+def sample_heun(key, denoiser: Callable, shape, sigmas, churn=(0, 0, 0, 1)):
     """Stochastic Heun sampler (EDM Algorithm 2) -> (shape), in 2N - 1 calls of denoiser(x, sigma).
-    sigmas (N + 1,), the last 0; churn: (S_churn, S_tmin, S_tmax, S_noise). guide(x, denoised, step)
-    -> x acts before each step; denoised is the result of the last denoiser call, at first 0."""
+    sigmas (N + 1,), the last 0; churn: (S_churn, S_tmin, S_tmax, S_noise)."""
     s_churn, s_tmin, s_tmax, s_noise = churn
     num = sigmas.shape[0] - 1
 
-    def add_noise(x, denoised, i):
-        """Guide x, then raise its noise level from sigma to sigma_hat -> (x_hat, sigma_hat)."""
-        x = x if guide is None else guide(x, denoised, i)
+    def add_noise(x, i):
+        """Raise the noise level of x from sigma to sigma_hat -> (x_hat, sigma_hat)."""
         gamma = jnp.minimum(s_churn / num, 2**0.5 - 1)
         gamma = jnp.where((s_tmin <= sigmas[i]) & (sigmas[i] <= s_tmax), gamma, 0.0)
         noise = s_noise * jax.random.normal(jax.random.fold_in(key, i + 1), shape)
         x = x + sigmas[i] * jnp.sqrt(gamma * (2.0 + gamma)) * noise
         return x, sigmas[i] * (1.0 + gamma)
 
-    def step(carry, i):
-        x_hat, sigma_hat = add_noise(*carry, i)
+    def step(x, i):
+        x_hat, sigma_hat = add_noise(x, i)
         # Euler step from sigma_hat to sigma_next
-        denoised = denoiser(x_hat, sigma_hat)
-        d_cur = (x_hat - denoised) / sigma_hat
+        d_cur = (x_hat - denoiser(x_hat, sigma_hat)) / sigma_hat
         dt = sigmas[i + 1] - sigma_hat
         x_next = x_hat + dt * d_cur
         # Second-order correction
-        denoised = denoiser(x_next, sigmas[i + 1])
-        d_next = (x_next - denoised) / sigmas[i + 1]
-        return (x_hat + dt * 0.5 * (d_cur + d_next), denoised), None
+        d_next = (x_next - denoiser(x_next, sigmas[i + 1])) / sigmas[i + 1]
+        return x_hat + dt * 0.5 * (d_cur + d_next), None
 
     x = sigmas[0] * jax.random.normal(jax.random.fold_in(key, 0), shape)
-    carry, _ = jax.lax.scan(step, (x, jnp.zeros(shape)), jnp.arange(num - 1))
-    return denoiser(*add_noise(*carry, num - 1))  # the Euler step to sigma = 0, uncorrected
+    x, _ = jax.lax.scan(step, x, jnp.arange(num - 1))
+    return denoiser(*add_noise(x, num - 1))  # the Euler step to sigma = 0, uncorrected
 
 
-def sample_sde(key, denoiser: Callable, shape, sigmas, guide=None, eta=1.0, order: int = 2):
+def sample_sde(key, denoiser: Callable, shape, sigmas, eta=1.0, order: int = 2):
     """Exponential integrator of the reverse-time SDE (DPM-Solver++, arXiv 2211.01095, section 5)
     -> (shape), in N denoiser calls; arguments as of sample_heun. eta: noise re-injected per step; 0
     is the ODE, 1 the reverse SDE. order: 2 extrapolates from the last two denoised estimates."""
@@ -405,7 +399,6 @@ def sample_sde(key, denoiser: Callable, shape, sigmas, guide=None, eta=1.0, orde
 
     def step(carry, i):
         x, last = carry
-        x = x if guide is None else guide(x, last, i)
         denoised = denoiser(x, sigmas[i])
         target = denoised
         if order == 2:
@@ -417,12 +410,11 @@ def sample_sde(key, denoiser: Callable, shape, sigmas, guide=None, eta=1.0, orde
         return (x, denoised), None
 
     x = sigmas[0] * jax.random.normal(jax.random.fold_in(key, 0), shape)
-    (x, last), _ = jax.lax.scan(step, (x, jnp.zeros(shape)), jnp.arange(num - 1))
-    x = x if guide is None else guide(x, last, num - 1)
+    (x, _), _ = jax.lax.scan(step, (x, jnp.zeros(shape)), jnp.arange(num - 1))
     return denoiser(x, sigmas[num - 1])  # the step to sigma = 0
 
 
-# --- Guidance (PGD section 4): scores of a trajectory, and a push along their gradients ---
+# --- Guidance (PGD section 4): a denoiser of p_off(tau) prod_i exp(weight_i score_i(tau)) ---
 
 
 def action_score(f: Callable) -> Callable:
@@ -432,23 +424,34 @@ def action_score(f: Callable) -> Callable:
 
 
 def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: Config) -> Callable:
-    """(weight, score) pairs -> guide of a sampler, which adds up their pushes (PGD section 4).
-    score(trajectory (..., T)) -> (...) is any function that JAX can differentiate. Its push is
-    lambda_n * g / ||g||, with the gradient g at D(x; sigma) by the standardised trajectory, actions
-    before tanh. lambda is the total push of the paper's 256 levels: fewer levels push further."""
-    num = config.sample_steps
+    """(weight, score) pairs -> guide(D (B, T, D), sigma) -> D + v g / (1 + v k): the mean under
+    exp(sum weight score) of a Gaussian round D with variance v. score(trajectory (..., T)) -> (...)
+    is any function that JAX can differentiate; the weight of log pi is the exponent lambda."""
+    join = lambda t: jnp.concatenate([t.obs, t.action, t.reward[..., None], t.done[..., None]], -1)
+    is_action = slice(dataset.obs_dim, -2)
 
-    def guide(x, denoised, step):
-        lambda_n = ((1 - step / num) + 0.3 * jnp.sin(jnp.pi * (step + 1) / num)) * 256 / num
+    def guide(denoised, sigma):
+        v = (sigma**2 * SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2))[..., None, None]
+        t, dt = jax.jvp(dataset.split, (denoised,), (jnp.ones_like(denoised),))
+        ones, scale = jax.tree.map(jnp.ones_like, t), join(dt)
+        reach = 2.0 * join(dt._replace(action=ones.action))  # an action's whole range, or 2 std
+        g = k = 0.0
         for weight, score in terms:
-            # Summed over the batch: each trajectory's gradient is its own
-            g = jax.grad(lambda x, f=score: jnp.sum(f(dataset.split(x))))(denoised)
-            norm_sq = jnp.sum(g**2, axis=(-2, -1), keepdims=True)
-            push = lambda_n * weight * g * jax.lax.rsqrt(jnp.maximum(norm_sq, 1e-12))
-            x = x + jnp.where(step < num - 1, push, 0.0)
-        return x
+            # Gradient, and Gauss-Newton curvature by row sums of the Hessian, in a step's own units
+            gradient = jax.grad(lambda t, f=score: jnp.sum(f(t)))  # the batch does not interact
+            g_i, h_i = (weight * join(x) for x in jax.jvp(gradient, (t,), (ones,)))
+            k_i = jax.nn.relu(-h_i)
+            # A gradient that its curvature does not stop within reach moves at most sqrt(v)
+            k_i = k_i * scale**2 + jax.nn.relu(jnp.abs(g_i) - reach * k_i) * scale / jnp.sqrt(v)
+            g, k = g + g_i * scale, k + k_i
+        moved = v * g / (1.0 + v * k)
+        # An action moves on its own side of tanh, which is not straight, up to the log's bounds
+        a, bound = t.action, jnp.maximum(jnp.abs(t.action), 0.999)
+        after = jnp.clip(a + (scale * moved)[..., is_action], -bound, bound)
+        z = jnp.arctanh((after - a) / jnp.maximum(1.0 - a * after, 1e-6))
+        return denoised + moved.at[..., is_action].set(z / dataset.std[is_action])
 
-    return guide
+    return guide if terms else lambda denoised, _: denoised
 
 
 # --- Generator: where synthetic experience comes from; EDM training and guided sampling ---
@@ -490,19 +493,19 @@ def make_optimiser(config: Config) -> optax.GradientTransformation:
     return optax.adam(lambda step: config.fit_lr * unit(step))
 
 
-def make_denoiser(params: dict, config: Config, start: chex.Array | None = None) -> Callable:
+def make_denoiser(params: dict, config: Config, start=None, guide=lambda x, _: x) -> Callable:
     """Parameters -> D(x (B, T, D), sigma), of trajectories that begin at start (B, O) if given. The
     network sees the start at every step, since its convolutions reach only a few steps."""
-    if start is None:
-        return precondition(lambda x, c_noise: unet(params, x, c_noise, config))
-    with_start = lambda x: x.at[..., 0, : start.shape[-1]].set(start)
+    with_start = lambda x: x if start is None else x.at[..., 0, : start.shape[-1]].set(start)
 
     def network(x, c_noise):
-        everywhere = jnp.broadcast_to(start[:, None], (*x.shape[:-1], start.shape[-1]))
-        return unet(params, jnp.concatenate([with_start(x), everywhere], -1), c_noise, config)
+        if start is not None:
+            everywhere = jnp.broadcast_to(start[:, None], (*x.shape[:-1], start.shape[-1]))
+            x = jnp.concatenate([with_start(x), everywhere], -1)
+        return unet(params, x, c_noise, config)
 
     denoiser = precondition(network)
-    return lambda x, sigma: with_start(denoiser(x, sigma))
+    return lambda x, sigma: with_start(guide(denoiser(x, sigma), sigma))
 
 
 def denoising_loss(params, key, dataset: Dataset, starts, num: int, config: Config) -> chex.Array:
@@ -540,7 +543,7 @@ def fit_diffusion(key, state: DenoiserState, dataset: Dataset, config: Config):
     return state, {"loss": jnp.mean(losses)}
 
 
-def sample(key, state: DenoiserState, dataset: Dataset, config: Config, terms=(), start=None):
+def sample(key, state, dataset, config: Config, terms=(), start=None, rule=make_guide):
     """-> trajectories (B, T, D), standardised; guided by terms, (weight, score) pairs. With
     condition_on_start they begin at start (B, O), standardised, or else at logged states."""
     if config.condition_on_start and start is None:
@@ -548,23 +551,24 @@ def sample(key, state: DenoiserState, dataset: Dataset, config: Config, terms=()
         first = jax.random.choice(key_start, dataset.train_starts, (config.sample_batch,))
         start = dataset.steps[first, : dataset.obs_dim]
     num = config.sample_batch if start is None else start.shape[0]
-    guide = make_guide(terms, dataset, config) if terms else None
-    denoiser = make_denoiser(state.ema, config, start)
-    args = denoiser, (num, config.horizon, dataset.steps.shape[-1]), noise_levels(config), guide
+    denoiser = make_denoiser(state.ema, config, start, rule(terms, dataset, config))
+    args = denoiser, (num, config.horizon, dataset.steps.shape[-1]), noise_levels(config)
     churn = config.s_churn, config.s_tmin, config.s_tmax, config.s_noise
     if config.sampler == "heun":
         return sample_heun(key, *args, churn)
     return sample_sde(key, *args, config.eta, config.order)
 
 
-def generate(key, state: DenoiserState, policy, weight, dataset, config, terms=()):
+def generate(key, state, policy, weight, dataset, config, terms=(), rule=make_guide):
     """Synthetic trajectories, end to end -> Transition (trajectories * T, ...). weight () scales
     the guidance by the policy; terms are further (weight, score) pairs."""
-    guides = [(config.guidance, policy.log_prob), (config.value_guidance, policy.q_value)]
+    scale = lambda q: q / jnp.mean(jnp.abs(jax.lax.stop_gradient(q)))  # as in TD3+BC
+    value = lambda obs, action: scale(policy.q_value(obs, action))
+    guides = [(config.guidance, policy.log_prob), (config.value_guidance, value)]
     is_off = lambda w: isinstance(w, float) and w == 0  # known when the program is compiled
     terms = [(weight * w, action_score(f)) for w, f in guides if not is_off(w)] + list(terms)
     keys = jax.random.split(key, config.trajectories // config.sample_batch)
-    x = jax.lax.map(lambda key: sample(key, state, dataset, config, terms), keys)
+    x = jax.lax.map(lambda key: sample(key, state, dataset, config, terms, None, rule), keys)
     return trajectories_to_transitions(dataset, x.reshape(-1, *x.shape[-2:]))
 
 
@@ -576,12 +580,12 @@ def validate_diffusion(state: DenoiserState, dataset: Dataset, config: Config) -
     return {"validation_loss": jnp.mean(jax.lax.map(loss, keys))}
 
 
-def make_diffusion(config: Config, terms: Sequence[tuple[Any, Callable]] = ()) -> Generator:
-    """The trajectory diffusion model; terms: further (weight, score) pairs to be guided by."""
+def make_diffusion(config: Config, terms=(), rule: Callable = make_guide) -> Generator:
+    """The trajectory diffusion model; terms: more (weight, score) pairs; rule: as make_guide."""
     return Generator(
         init=functools.partial(init_diffusion, config=config),
         fit=functools.partial(fit_diffusion, config=config),
-        generate=functools.partial(generate, config=config, terms=terms),
+        generate=functools.partial(generate, config=config, terms=terms, rule=rule),
         validate=functools.partial(validate_diffusion, config=config),
         num_chunks=config.fit_steps // config.fit_chunk,
         length=config.horizon,
@@ -682,8 +686,8 @@ def make_program(config: Config, agent, make_generator=make_diffusion, evaluate=
 
         # Generate
         synthetic = generate(run, state, dataset)
-        slot = state.round % c.buffer_rounds
-        buffer = jax.tree.map(lambda b, x: b.at[slot].set(x), state.buffer, synthetic)
+        write = lambda b, x: b.at[state.round % c.buffer_rounds].set(x)
+        buffer = jax.tree.map(write, state.buffer, synthetic)
         flat = jax.tree.map(lambda b: b.reshape(-1, *b.shape[2:]), buffer)
         size = jnp.minimum(state.round + 1, c.buffer_rounds) * synthetic.reward.shape[0]
 
@@ -697,8 +701,12 @@ def make_program(config: Config, agent, make_generator=make_diffusion, evaluate=
         learner, metrics = update_agent(key_update, agent, state.agent, draw, c.updates)
 
         # Evaluate
+        far = {}  # mean squared distance of the actions to those of the policy that guided them
         for name, t in [("real", dataset.sample(key_probe, 1024)), ("synthetic", synthetic)]:
             metrics[f"log_prob_{name}"] = jnp.mean(agent.log_prob(learner, t.obs, t.action))
+            far[name] = jnp.mean((t.action - agent.act(state.agent, t.obs)) ** 2) + 1e-9
+        metrics["policy_distance"] = far["synthetic"] / far["real"]  # in units of the log's
+        metrics["effective_guidance"] = 1.0 / far["synthetic"] - 1.0 / far["real"]
         if evaluate is not None:
             metrics["return"] = jnp.mean(evaluate(key_evaluate, make_act(agent, learner, dataset)))
         return State(state.model, learner, buffer, state.round + 1), metrics
@@ -714,8 +722,8 @@ def fuse(program: Program) -> Program:
     def whole(run, state, dataset):
         fit = lambda _, state: program.fit(run, state, dataset)[0]
         state = jax.lax.fori_loop(0, program.num_chunks, fit, state)
-        run_round = lambda state, _: program.round(run, state, dataset)
-        return jax.lax.scan(run_round, state, None, program.num_rounds)
+        one = lambda state, _: program.round(run, state, dataset)
+        return jax.lax.scan(one, state, None, program.num_rounds)
 
     return program._replace(round=whole, num_chunks=0, num_rounds=1)
 

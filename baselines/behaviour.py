@@ -1,6 +1,6 @@
 """Behaviour guidance: a diffusion model guided away from a clone of the log's policy.
 
-    python pgd.py --behaviour-guidance 0.1
+    python pgd.py --behaviour-guidance 0.5
 
 PGD leaves out the term - grad_a log beta(a|s) of the on-policy target. STITCH-OPE (arXiv
 2505.20781) adds it with a weight of its own. beta is a clone of the log's policy, an agent that is
@@ -25,9 +25,10 @@ class ClonedState(NamedTuple):
     step: chex.Array  # () int32
 
 
-def make_diffusion_with_clone(config: pgd.Config, cloner) -> pgd.Generator:
+def make_diffusion_with_clone(config: pgd.Config, cloner, rule=pgd.make_guide) -> pgd.Generator:
     """cloner: an agent such as agents.bc() -> the diffusion model with behaviour guidance.
 
+    rule(terms, dataset, config) makes a guide, as pgd.make_guide does.
     The clone has as many updates as the denoiser has gradient steps, on the training episodes.
     """
     diffusion = pgd.make_diffusion(config)
@@ -57,7 +58,7 @@ def make_diffusion_with_clone(config: pgd.Config, cloner) -> pgd.Generator:
     def generate(key, state, policy, weight, dataset):
         beta = pgd.action_score(functools.partial(cloner.log_prob, state.clone))
         terms = [(-weight * config.behaviour_guidance, beta)]
-        return pgd.make_diffusion(config, terms).generate(
+        return pgd.make_diffusion(config, terms, rule).generate(
             key, state.denoiser, policy, weight, dataset
         )
 

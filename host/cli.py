@@ -27,8 +27,9 @@ import data
 import pgd
 from baselines.behaviour import make_diffusion_with_clone
 from baselines.log_alone import make_log_alone
+from baselines.paper_guide import make_paper_guide
 from baselines.world_model import Config, make_world_model
-from host import collect, devices, envs, export, flags, hosts, run_folder, spread
+from host import collect, devices, envs, export, fitted, flags, hosts, run_folder, spread
 from host.errors import UserError
 from host.files import say
 from host.flags import Flags
@@ -122,10 +123,11 @@ def generator_maker(given: Flags, points: list[dict[str, float]]) -> Callable:
         return make_world_model
     if given.job.synthetic == "none":
         return make_log_alone
+    rule = make_paper_guide if given.job.guidance_rule == "paper" else pgd.make_guide
     weight = given.config.behaviour_guidance
     if any(point.get("behaviour_guidance", weight) for point in points):
-        return functools.partial(make_diffusion_with_clone, cloner=agents.bc())
-    return pgd.make_diffusion
+        return functools.partial(make_diffusion_with_clone, cloner=agents.bc(), rule=rule)
+    return functools.partial(pgd.make_diffusion, rule=rule)
 
 
 def agent_maker(session: Session) -> Any:
@@ -244,6 +246,13 @@ class Recorder:
     def restore(self, state: pgd.State) -> tuple[int, pgd.State]:
         """-> (chunks of the fit that are done, state): the last checkpoint, or the beginning."""
         self.fitted, state = self.folder.restore(state)
+        path = self.session.flags.job.denoiser
+        if path and self.fitted == 0:
+            path, layout = Path(path), self.session.layout
+            old = from_saved(run_folder.read_config(path)[0], path / "config.json")
+            there = lay_out(old, flags.sweep_points(old)).models
+            state = fitted.take(state, path, layout.models, there)
+            self.fitted = self.session.make_generator(self.session.flags.config).num_chunks
         say(f"run folder: {self.folder.path}")
         notes(self.session)
         self.clock = time.monotonic()
@@ -305,6 +314,12 @@ def start(given: Flags) -> tuple[Session, run_folder.RunFolder]:
         run_folder.refuse_existing(job.out)  # before minutes of loading
     session = open_session(given)
     task, config = session.task, given.config
+    if job.denoiser and not job.resume:
+        path = Path(job.denoiser)
+        saved, of_models = run_folder.read_config(path)
+        fitted.check(given, from_saved(saved, path / "config.json"), path)
+        if of_models != task.fingerprint:
+            raise UserError(f"the models in {path} were fitted on another log than {task.source}")
     if fingerprint not in (None, task.fingerprint):
         raise UserError(f"the run was trained on another log than {task.source}")
     labels = session.layout.labels
@@ -326,6 +341,7 @@ def settings_of(session: Session) -> dict:
     settings = given.as_dict()
     path = given.config.dataset_path
     settings["dataset_path"] = path and os.path.abspath(os.path.expanduser(path))
+    settings["denoiser"] = given.job.denoiser and os.path.abspath(given.job.denoiser)
     settings["env"] = task.load_name or given.job.env
     if given.job.export and not given.job.export.startswith("minari:"):
         settings["export"] = os.path.abspath(given.job.export)

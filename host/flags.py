@@ -27,8 +27,10 @@ class Job:
     # --- Task ---
     env: str | None = None  # task, such as hopper-medium or minari:NAME; else pendulum-medium
     synthetic: Synthetic = "diffusion"  # source of synthetic data; none: the log
+    guidance_rule: Literal["density", "paper"] = "density"  # paper: its normalised gradient
     preset: Preset = "default"  # default values; see docs/presets.md
     sweep: tuple[str, ...] = ()  # settings and values: guidance 0 1 eta 1 8 makes four points
+    denoiser: str | None = None  # folder of a run whose fitted models are used, instead of a fit
     shared_denoiser: bool = False  # one denoiser, that of seed 0, for all seeds
     fused: bool = False  # the whole run as one compiled program, without progress
     # --- Evaluation ---
@@ -343,6 +345,14 @@ def rules(j: Job, c: Config) -> Iterator[tuple[str, bool]]:
         "--value-guidance, --behaviour-guidance and --condition-on-start need --synthetic "
         "diffusion",
         diffusion or not extras,
+    )
+    yield (
+        "--denoiser needs --synthetic diffusion or world-model",
+        not (j.denoiser and j.synthetic == "none"),
+    )
+    yield (
+        "--denoiser cannot be combined with --fused, which fits its own",
+        not (j.denoiser and j.fused),
     )
     yield (
         "--export needs --synthetic diffusion or world-model",

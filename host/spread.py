@@ -37,11 +37,15 @@ class Layout(NamedTuple):
     runs: Runs
     axes: pgd.Run  # 0 for what each run has for itself, None for what all share
     labels: list[dict]  # swept settings and seed of each run
-    num_models: int
+    models: list[dict]  # swept settings and seed of each model's fit
 
     @property
     def num_runs(self) -> int:
         return len(self.labels)
+
+    @property
+    def num_models(self) -> int:
+        return len(self.models)
 
 
 def lay_out(
@@ -57,10 +61,8 @@ def lay_out(
     shared: the runs of all seeds use the model of seed 0.
     """
     labels = [{**point, "seed": seed} for point in points for seed in seeds]
-    of = lambda label: (
-        *(label[name] for name in points[0] if name in fit_fields),
-        0 if shared else label["seed"],
-    )
+    fitted_with = [name for name in points[0] if name in fit_fields]
+    of = lambda label: (*(label[x] for x in fitted_with), 0 if shared else label["seed"])
     first: dict[tuple, dict] = {}  # of each model, the first run
     for label in labels:
         first.setdefault(of(label), label)
@@ -81,7 +83,7 @@ def lay_out(
     )
     settings = {name: 0 if name in points[0] else None for name in each.settings}
     axes = pgd.Run(0, settings, dict.fromkeys(each.hyper, 0))
-    return Layout(runs, axes, labels, len(first))
+    return Layout(runs, axes, labels, [dict(zip([*fitted_with, "seed"], x)) for x in first])
 
 
 def make_mesh(num_runs: int, wanted: int = 0, batches: Sequence[int] = ()):

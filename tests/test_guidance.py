@@ -1,4 +1,4 @@
-"""Policy guidance against the closed form of a linear policy (PGD section 4)."""
+"""The guide against closed forms: it samples p_off(tau) prod pi(a|s)^lambda (PGD section 4)."""
 
 import dataclasses
 import functools
@@ -12,12 +12,13 @@ from conftest import toy_log
 import agents
 import pgd
 from baselines.behaviour import ClonedState, make_diffusion_with_clone
+from baselines.paper_guide import make_paper_guide
 from host import flags
 from host.errors import UserError
 
 CONFIG = pgd.Config(horizon=8, fit_batch=8, batch_size=8, sample_steps=16)
-RATE = 256 / 16  # a push at one of 16 levels stands for those of 16 of the paper's 256
 W = jnp.array([[0.5, -0.2], [0.1, 0.4], [-0.3, 0.2]])  # a linear policy: mean action obs @ W
+LAMBDAS = (1.0, 4.0, 16.0, 64.0)
 
 
 def log_prob(obs, action):
@@ -27,83 +28,21 @@ def log_prob(obs, action):
 POLICY = pgd.action_score(log_prob)
 
 
-def lambda_at(step, num=16):
-    """PGD's schedule over the levels, per 256 of them."""
-    return 256 / num * ((1 - step / num) + 0.3 * np.sin(np.pi * (step + 1) / num))
+def small_action_log(num=40 * 30, std=0.03, low=-1.0, high=1.0, **more):
+    """A toy log of Gaussian actions so small that tanh is straight; in units from low to high."""
+    log = toy_log(**more)
+    unit = std * np.random.default_rng(0).normal(size=log["actions"].shape)
+    log["actions"] = low + (unit + 1.0) * 0.5 * (high - low)
+    return log
 
 
-def moved_by(terms, config=CONFIG, step=3, x=None, denoised=None):
-    """How far the guide of the terms moves x (5, 8, D) -> (pushed - x, x, dataset). The gradient is
-    taken at `denoised`, which is x itself unless given."""
-    dataset = pgd.make_dataset(toy_log(), config)
+def moved_by(terms, sigma=1.0, x=None, dataset=None):
+    """How far the guide of the terms moves x (5, 8, D) at noise level sigma -> (moved, x, data)."""
+    dataset = dataset or pgd.make_dataset(toy_log(), CONFIG)
     if x is None:
         x = dataset.windows(jax.random.key(0), dataset.train_starts, 5, 8)
-    guide = pgd.make_guide(terms, dataset, config)
-    moved = guide(x, x if denoised is None else denoised, jnp.int32(step)) - x
+    moved = pgd.make_guide(terms, dataset, CONFIG)(x, jnp.float32(sigma)) - x
     return np.asarray(moved), np.asarray(x), dataset
-
-
-def push(config=CONFIG, step=3, weight=1.0, f=log_prob, **more):
-    return moved_by([(weight, pgd.action_score(f))], config, step, **more)
-
-
-def exact_gradient(x, dataset):
-    """d/dz of -|tanh(std z + mean) - obs W|^2 / 2, by hand."""
-    mean, std = (np.asarray(v)[3:5] for v in (dataset.mean, dataset.std))
-    action = np.tanh(x[..., 3:5] * std + mean)
-    return (x[..., :3] @ np.asarray(W) - action) * (1 - action**2) * std
-
-
-def unit(g):
-    """Gradients (..., T, D) -> the same at length 1 for each trajectory."""
-    return g / np.sqrt((g**2).sum((-2, -1), keepdims=True))
-
-
-def test_push_is_the_exact_gradient_of_a_linear_policy():
-    moved, x, dataset = push(step=3)
-    expected = lambda_at(3) * unit(exact_gradient(x, dataset))
-    np.testing.assert_allclose(moved[..., 3:5], expected, atol=2e-4)
-    assert np.all(moved[..., :3] == 0) and np.all(moved[..., 5:] == 0)  # only actions are pushed
-
-
-def test_push_has_length_lambda_n_for_each_trajectory():
-    for step in (0, 3, 14):
-        moved, x, dataset = push(step=step, weight=2.0)
-        lambda_n = 2.0 * lambda_at(step)
-        expected = lambda_n * unit(exact_gradient(x, dataset))
-        np.testing.assert_allclose(moved[..., 3:5], expected, atol=4e-4)
-        np.testing.assert_allclose(np.sqrt((moved**2).sum((1, 2))), lambda_n, rtol=1e-4)
-
-
-def test_lambda_of_256_levels_is_the_papers():
-    """lambda_n = lambda ((1 - n/N) + 0.3 sin(pi (n + 1) / N)), none at the last of the N steps."""
-    config = dataclasses.replace(CONFIG, sample_steps=256)
-    for step in (0, 100, 254):
-        moved, *_ = push(config, step, weight=0.7)
-        lambda_n = 0.7 * ((1 - step / 256) + 0.3 * np.sin(np.pi * (step + 1) / 256))
-        np.testing.assert_allclose(np.sqrt((moved**2).sum((1, 2))), lambda_n, rtol=1e-3)
-    assert np.all(push(config, 255)[0] == 0)
-
-
-def test_no_push_at_the_last_step_nor_at_zero_weight():
-    assert np.all(push(step=15)[0] == 0)
-    assert np.all(push(step=3, weight=0.0)[0] == 0)
-
-
-def test_a_vanishing_gradient_pushes_nothing_and_is_not_nan():
-    moved, _, _ = push(f=lambda obs, action: jnp.zeros(action.shape[:-1]))
-    assert np.all(moved == 0)
-
-
-def test_the_gradient_is_taken_at_the_denoised_trajectory():
-    noised = 40.0 * jax.random.normal(jax.random.key(1), (5, 8, 7))
-    shrunk = noised / (1 + 40.0**2)
-    moved, _, dataset = push(x=noised, denoised=shrunk)
-    g = exact_gradient(np.asarray(shrunk), dataset)
-    np.testing.assert_allclose(moved[..., 3:5], lambda_at(3) * unit(g), atol=2e-3)
-    # at the noised one tanh is saturated and most actions feel nothing
-    at_noised = exact_gradient(np.asarray(noised), dataset)
-    assert np.mean(np.abs(at_noised) < 1e-3) > 0.8 > np.mean(np.abs(g) < 1e-3)
 
 
 def white_noise_denoiser(x, sigma):
@@ -111,45 +50,192 @@ def white_noise_denoiser(x, sigma):
     return x / (1 + sigma**2)
 
 
+def draw(sampler, denoiser, terms, dataset, config, num=2048, key=0, rule=pgd.make_guide):
+    """Guided samples (num, 8, D) of the config's horizon, with an exact denoiser."""
+    guide, sigmas = rule(terms, dataset, config), pgd.noise_levels(config)
+    guided = lambda x, sigma: guide(denoiser(x, sigma), sigma)
+    shape = (num, config.horizon, dataset.steps.shape[-1])
+    options = {} if sampler is pgd.sample_heun else {"eta": config.eta}
+    return sampler(jax.random.key(key), guided, shape, sigmas, **options)
+
+
+# --- One step of the guide ---
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.5, 20.0])
+@pytest.mark.parametrize("weight", [0.5, 4.0, 64.0])
+@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (-2.0, 5.0)])
+def test_the_guide_is_the_kalman_update_of_a_linear_gaussian_policy(sigma, weight, bounds):
+    """D + lambda v g / (1 + lambda v k) in the action's channels, by hand; no other one moves."""
+    low, high = bounds
+    log = small_action_log(low=low, high=high)
+    dataset = pgd.make_dataset(log, CONFIG, low, high)
+    spread = 0.05  # of the policy
+    f = lambda obs, action: -0.5 * jnp.sum((action - 0.02 * (obs @ W)) ** 2, -1) / spread**2
+    moved, x, _ = moved_by([(weight, pgd.action_score(f))], sigma, dataset=dataset)
+    mean, std = (np.asarray(v)[3:5] for v in (dataset.mean, dataset.std))
+    v, k = sigma**2 / (1 + sigma**2), (std / spread) ** 2
+    target = (0.02 * x[..., :3] @ np.asarray(W) - mean) / std  # the policy's action, standardised
+    gain = weight * v * k / (1 + weight * v * k)
+    np.testing.assert_allclose(moved[..., 3:5], gain * (target - x[..., 3:5]), atol=0.02, rtol=0.02)
+    assert np.all(moved[..., :3] == 0) and np.all(moved[..., 5:] == 0)
+
+
+def test_the_guide_never_passes_the_policys_action():
+    """Neither where tanh is nearly flat nor at any weight; and it comes nearer with the weight."""
+    dataset = pgd.make_dataset(toy_log(), CONFIG)
+    x = 3.0 * jax.random.normal(jax.random.key(1), (64, 8, 7))
+    goal = np.asarray(jnp.tanh(x[..., :3] @ W))
+    f = lambda obs, action: -0.5 * jnp.sum((action - jnp.tanh(obs @ W)) ** 2, -1)
+    before = np.asarray(dataset.split(x).action)
+    last = before
+    for weight in (0.5, 4.0, 64.0, 1e4, 1e8):
+        moved, *_ = moved_by([(weight, pgd.action_score(f))], 20.0, x, dataset)
+        action = np.asarray(dataset.split(x + moved).action)
+        side = np.sign(goal - before)
+        assert np.all(side * (goal - action) >= -2e-3)  # on the same side of it still
+        assert np.all(side * (action - last) >= -2e-3)
+        last = action
+    at_ease = np.abs(before) < 0.9
+    assert np.abs(goal - last)[at_ease].max() < 0.01
+
+
+def test_no_noise_left_no_guidance():
+    moved, *_ = moved_by([(16.0, POLICY)], 1e-4)
+    assert np.abs(moved).max() < 1e-4
+
+
 @pytest.mark.parametrize("sampler", [pgd.sample_sde, pgd.sample_heun])
-def test_guided_samples_are_likelier_under_the_policy_and_more_so_with_weight(sampler):
-    config = dataclasses.replace(CONFIG, sample_steps=32)
-    dataset = pgd.make_dataset(toy_log(), config)
+def test_zero_weight_is_unguided_to_the_last_bit(sampler):
+    dataset = pgd.make_dataset(toy_log(), CONFIG)
+    terms = [(0.0, POLICY), (0.0, pgd.action_score(q_value)), (0.0, mine)]
+    guided, plain = (
+        draw(sampler, white_noise_denoiser, t, dataset, CONFIG, num=6) for t in (terms, [])
+    )
+    np.testing.assert_array_equal(guided, plain)
 
-    @jax.jit
-    def likelihood(weight):
-        guide = pgd.make_guide([(weight, POLICY)], dataset, config)
-        sigmas = pgd.noise_levels(config)
-        x = sampler(jax.random.key(0), white_noise_denoiser, (256, 8, 7), sigmas, guide)
-        t = dataset.split(x)
-        return log_prob(t.obs, t.action).mean()
 
-    likelihoods = [float(likelihood(weight)) for weight in (0.0, 0.06, 0.25)]
-    assert likelihoods[0] + 0.02 < likelihoods[1] < likelihoods[2] - 0.02
+# --- The density of guided samples ---
+
+
+def slope_of(x):
+    """Regression of the standardised actions, before tanh, on the observations of a sample."""
+    obs, z = np.asarray(x[..., :3]).reshape(-1, 3), np.asarray(x[..., 3:5]).reshape(-1, 2)
+    w, *_ = np.linalg.lstsq(obs, z - z.mean(0), rcond=None)
+    return w, (z - z.mean(0) - obs @ w).std(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_the_effect_of_a_weight_does_not_depend_on_the_number_of_levels(eta):
-    dataset, effect = pgd.make_dataset(toy_log(), CONFIG), {}
-    for num in (32, 64, 256):
-        config = dataclasses.replace(CONFIG, sample_steps=num)
-        sigmas = pgd.noise_levels(config)
+@pytest.mark.parametrize(
+    "sampler, levels, eta",
+    [(pgd.sample_sde, 16, 8.0), (pgd.sample_sde, 64, 8.0), (pgd.sample_sde, 64, 1.0),
+     (pgd.sample_sde, 256, 1.0), (pgd.sample_heun, 32, 0.0)],
+)  # fmt: skip
+def test_a_gaussian_log_and_a_linear_policy_give_the_product_density(sampler, levels, eta):
+    """White noise and a policy N(obs @ W, 1), all standardised: each action given its observation
+    is N(gain obs @ W, 1 - gain) with gain = lambda / (1 + lambda), at any number of levels."""
+    config = dataclasses.replace(CONFIG, sample_steps=levels, eta=eta)
+    dataset = pgd.make_dataset(small_action_log(), config)
+    mean, std = (jnp.asarray(x[3:5]) for x in (dataset.mean, dataset.std))
+    policy = lambda obs, action: -0.5 * jnp.sum(((action - mean) / std - obs @ W) ** 2, axis=-1)
 
-        @jax.jit
-        def likelihood(weight, config=config, sigmas=sigmas):
-            guide = pgd.make_guide([(weight, POLICY)], dataset, config)
-            args = jax.random.key(0), white_noise_denoiser, (1024, 8, 7), sigmas, guide
-            t = dataset.split(pgd.sample_sde(*args, eta=eta))
-            return log_prob(t.obs, t.action).mean()
+    @jax.jit
+    def sample(weight):
+        terms = [(weight, pgd.action_score(policy))]
+        return draw(sampler, white_noise_denoiser, terms, dataset, config)
 
-        effect[num] = float(likelihood(0.1)) - float(likelihood(0.0))
-    assert effect[256] > 0.03
-    assert effect[64] == pytest.approx(effect[256], rel=0.15)
-    assert effect[32] == pytest.approx(effect[256], rel=0.3)
+    for weight in (0.0, *LAMBDAS):
+        x, gain = sample(weight), weight / (1 + weight)
+        slope, spread = slope_of(x)
+        np.testing.assert_allclose(slope, gain * np.asarray(W), atol=0.03)
+        np.testing.assert_allclose(spread, np.sqrt(1 - gain), rtol=0.08)
+        np.testing.assert_allclose(np.asarray(x[..., :3]).std((0, 1)), 1.0, atol=0.05)
 
 
-# --- Guides that add up ---
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.8, 0.98])
+def test_correlated_states_and_actions_give_the_tilted_density_within_a_quarter(share):
+    """Observation and action follow AR(1) and share a part of it; the policy is N(0.5, 1) in
+    standardised units. Exact: precision P + lambda on the actions. v is the posterior variance of
+    a channel on its own, so that the stated error grows with the correlation."""
+    config, num = dataclasses.replace(CONFIG, sample_steps=64, horizon=4), 4
+    log = small_action_log()
+    log["observations"], log["actions"] = log["observations"][:, :1], log["actions"][:, :1]
+    dataset = pgd.make_dataset(log, config)
+    ar = 0.9 ** np.abs(np.subtract.outer(range(num), range(num)))
+    noise = (1 - share**2) * np.eye(num)
+    cov = np.block([[ar, share * ar], [share * ar, share**2 * ar + noise]])
+    m, s = float(dataset.mean[1]), float(dataset.std[1])
+    policy = lambda obs, action: -0.5 * jnp.sum(((action - m) / s - 0.5) ** 2, axis=-1)
+    both = lambda x: jnp.concatenate([x[..., 0], x[..., 1]], -1)
+
+    def denoiser(x, sigma):
+        gain = jnp.linalg.solve(cov + sigma**2 * jnp.eye(2 * num), cov).T
+        d = both(x) @ gain.T
+        d = jnp.stack([d[:, :num], d[:, num:]], -1)
+        return jnp.concatenate([d, x[..., 2:] / (1 + sigma**2)], -1)
+
+    @jax.jit
+    def sample(weight):
+        terms = [(weight, pgd.action_score(policy))]
+        return both(draw(pgd.sample_sde, denoiser, terms, dataset, config, 4096))
+
+    for weight in LAMBDAS:
+        x = np.asarray(sample(weight))
+        pull = weight * np.diag([0.0] * num + [1.0] * num)
+        exact_cov = np.linalg.inv(np.linalg.inv(cov) + pull)
+        exact_mean = exact_cov @ np.diag(pull) * 0.5
+        np.testing.assert_allclose(x.mean(0), exact_mean, atol=0.1)
+        exact = np.diag(exact_cov)[num:].mean() + ((exact_mean[num:] - 0.5) ** 2).mean()
+        assert ((x[:, num:] - 0.5) ** 2).mean() == pytest.approx(exact, rel=0.27)
+
+
+@functools.cache
+def uniform_task(act_dim):
+    """Uniform actions: -> (data set, exact denoiser by quadrature, the grid of actions)."""
+    log = toy_log(episodes=100)
+    size = len(log["rewards"]), act_dim
+    log["actions"] = np.random.default_rng(1).uniform(-1, 1, size)
+    dataset = pgd.make_dataset(log, CONFIG)
+    u = jnp.linspace(-0.999, 0.999, 801)
+    first, last = 3, 3 + act_dim
+    z = (jnp.arctanh(u)[:, None] - dataset.mean[first:last]) / dataset.std[first:last]  # (G, A)
+
+    def denoiser(x, sigma):
+        a = x[..., first:last]
+        w = jax.nn.softmax(-0.5 * ((a[..., None, :] - z) / sigma) ** 2, axis=-2)
+        return white_noise_denoiser(x, sigma).at[..., first:last].set((w * z).sum(-2))
+
+    return dataset, denoiser, np.asarray(u)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act_dim, levels, eta", [(1, 8, 8.0), (1, 64, 8.0), (1, 256, 1.0),
+                                                  (3, 64, 8.0)])  # fmt: skip
+@pytest.mark.parametrize("mu", [0.0, 0.8])
+def test_lambda_is_the_exponent_for_uniform_actions(act_dim, levels, eta, mu):
+    """E (a - mu)^2 under a unit Gaussian policy to the power lambda, per action, by quadrature."""
+    dataset, denoiser, u = uniform_task(act_dim)
+    config = dataclasses.replace(CONFIG, sample_steps=levels, eta=eta)
+    policy = lambda obs, action: -0.5 * jnp.sum((action - mu) ** 2, axis=-1)
+
+    @jax.jit
+    def distance(weight):
+        terms = [(weight, pgd.action_score(policy))]
+        x = draw(pgd.sample_sde, denoiser, terms, dataset, config, 256)
+        return jnp.mean((dataset.split(x).action - mu) ** 2)
+
+    last = np.inf
+    for weight in (0.0, *LAMBDAS, 256.0):
+        density = np.exp(-0.5 * weight * (u - mu) ** 2)
+        exact = np.sum(density * (u - mu) ** 2) / np.sum(density)
+        found = float(distance(weight))
+        assert found == pytest.approx(exact, rel=0.3)
+        assert found < last
+        last = found
+
+
+# --- Scores without a Gaussian form ---
 
 
 def q_value(obs, action):
@@ -161,92 +247,131 @@ def mine(t):
     return jnp.sum(t.reward, axis=-1) - 2.0 * (t.obs[..., 0, 0] - 1.0) ** 2
 
 
-def test_guides_add_up():
-    terms = [(0.5, POLICY), (0.2, pgd.action_score(q_value)), (-0.3, POLICY), (0.1, mine)]
-    alone = [moved_by([term])[0] for term in terms]
-    assert all(np.abs(a).max() > 0.01 for a in alone)
-    np.testing.assert_allclose(moved_by(terms)[0], sum(alone), atol=2e-5)
+def bowl(obs, action):
+    """Concave, but not quadratic: nearly straight away from its top at 0.2."""
+    return -jnp.sum(jnp.log(jnp.cosh(20.0 * (action - 0.2))), axis=-1)
 
 
-def test_a_negative_weight_pushes_the_other_way():
-    np.testing.assert_allclose(push(weight=-0.5)[0], -push(weight=0.5)[0], atol=1e-5)
+@pytest.mark.parametrize("f", [q_value, bowl, lambda obs, action: jnp.sum(action**2, -1)])
+def test_any_score_moves_up_monotonically_and_at_most_by_the_noise_that_is_left(f):
+    score = pgd.action_score(f)
+    for sigma in (0.05, 1.0):
+        last = None
+        for weight in (0.1, 1.0, 10.0, 1e4):
+            moved, x, dataset = moved_by([(weight, score)], sigma)
+            action = lambda x: np.asarray(dataset.split(jnp.asarray(x)).action)
+            g = np.asarray(
+                jax.grad(
+                    lambda a: (
+                        f(None, a).sum() if f is bowl else f(jnp.zeros((*a.shape[:-1], 3)), a).sum()
+                    )
+                )(action(x))
+            )
+            step = action(x + moved) - action(x)
+            assert np.all(step * g >= -1e-6)  # uphill
+            v = sigma**2 / (1 + sigma**2)
+            inside = np.abs(action(x)) < 0.9
+            std = np.asarray(dataset.std[3:5])
+            assert np.all(np.abs(step)[inside] <= (1.01 * np.sqrt(v) * std + 0 * step)[inside])
+            if last is not None:
+                assert np.all(np.abs(step) >= np.abs(last) - 1e-5)
+            last = step
+        assert np.abs(last).max() > 0.1 * np.sqrt(v)
 
 
-def test_value_guidance_is_the_gradient_of_q_by_the_actions_whatever_its_size():
-    score = pgd.action_score(q_value)
-    moved, x, dataset = moved_by([(0.5, score)])
-    t = dataset.split(x)
-    action, std = np.asarray(t.action), np.asarray(dataset.std[3:5])
-    slope = np.array([1.0, -2.0]) * (1 - action**2) * std
-    # before it is brought to length 1
-    g = jax.grad(lambda x: jnp.sum(score(dataset.split(x))))(jnp.asarray(x))
-    np.testing.assert_allclose(g[..., 3:5], slope, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(
-        moved[..., 3:5], 0.5 * lambda_at(3) * unit(slope), rtol=1e-3, atol=1e-5
-    )
-    assert np.all(moved[..., :3] == 0) and np.all(moved[..., 5:] == 0)
-    large, *_ = moved_by([(0.5, pgd.action_score(lambda *x: 1e3 * q_value(*x)))])
-    np.testing.assert_allclose(large, moved, rtol=1e-3, atol=1e-5)
+def test_a_quadratic_score_of_ones_own_is_met_and_a_straight_one_is_followed():
+    moved, x, dataset = moved_by([(1e6, mine)], sigma=1.0)
+    np.testing.assert_allclose((x + moved)[:, 0, 0], 1.0, atol=1e-3)  # the top of the quadratic
+    np.testing.assert_allclose(moved[..., 5], np.sqrt(0.5), rtol=1e-3)  # sqrt(v), up in reward
+    rest = moved.copy()
+    rest[:, 0, 0] = 0
+    assert np.all(rest[..., :5] == 0) and np.all(rest[..., 6] == 0)
+    # and little weight moves by weight v g
+    small, *_ = moved_by([(1e-4, mine)], sigma=1.0)
+    np.testing.assert_allclose(small[..., 5], 0.5e-4 * dataset.std[5], rtol=1e-2)
+    np.testing.assert_allclose(small[:, 0, 0], -2e-4 * (x[:, 0, 0] - 1.0), rtol=1e-2, atol=1e-8)
 
 
-def test_a_score_of_ones_own_moves_everything_it_depends_on():
-    moved, x, dataset = moved_by([(1.0, mine)])
-    expected = np.zeros_like(moved)
-    expected[..., 5] = dataset.std[5]  # reward, in its own units
-    expected[:, 0, 0] = -4.0 * (x[:, 0, 0] - 1.0)
-    np.testing.assert_allclose(moved, lambda_at(3) * unit(expected), rtol=1e-3, atol=1e-5)
+def test_weights_of_one_score_add_up():
+    one, *_ = moved_by([(5.0, POLICY)])
+    two, *_ = moved_by([(2.0, POLICY), (3.0, POLICY)])
+    np.testing.assert_allclose(one, two, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", [pgd.sample_sde, pgd.sample_heun])
-def test_zero_weight_is_unguided_to_the_last_bit(sampler):
-    dataset = pgd.make_dataset(toy_log(), CONFIG)
-    sigmas = pgd.noise_levels(CONFIG)
-    sample = lambda guide: sampler(
-        jax.random.key(0), white_noise_denoiser, (6, 8, 7), sigmas, guide
-    )
-    terms = [(0.0, POLICY), (0.0, pgd.action_score(q_value)), (0.0, mine)]
-    np.testing.assert_array_equal(
-        sample(pgd.make_guide(terms, dataset, CONFIG)), sample(lambda x, *_: x)
-    )
+def test_a_negative_weight_pushes_the_other_way_and_no_further_than_the_noise():
+    away, x, dataset = moved_by([(-4.0, POLICY)], sigma=0.5)
+    toward, *_ = moved_by([(4.0, POLICY)], sigma=0.5)
+    assert np.all(away[..., 3:5] * toward[..., 3:5] <= 0) and np.abs(away).max() > 0.01
+    assert np.abs(np.asarray(dataset.split(x + away).action)).max() < 1.0
+    assert np.all(np.isfinite(moved_by([(4.0, POLICY), (-8.0, POLICY)])[0]))
 
 
-def slope_of(x):
-    """Regression of the standardised actions, before tanh, on the observations of a sample."""
-    obs, z = np.asarray(x[..., :3]).reshape(-1, 3), np.asarray(x[..., 3:5]).reshape(-1, 2)
-    w, *_ = np.linalg.lstsq(obs, z - z.mean(0), rcond=None)
-    return w, (z - z.mean(0) - obs @ w).std(0)
+# --- The paper's rule ---
+
+
+def paper_sampler(key, denoiser, terms, dataset, config, num):
+    """The paper's rule as it is written: Heun's sampler, with x pushed by lambda_n g / ||g|| before
+    the churn of every level, and g at the last denoised estimate."""
+    sigmas, levels = pgd.noise_levels(config), config.sample_steps
+    ((weight, score),) = terms
+    gamma = min(config.s_churn / levels, 2**0.5 - 1)
+
+    def step(carry, i):
+        x, last = carry
+        lambda_n = weight * ((1 - i / levels) + 0.3 * jnp.sin(jnp.pi * (i + 1) / levels))
+        g = jax.grad(lambda x: jnp.sum(score(dataset.split(x))))(last)
+        x = x + lambda_n * g / jnp.sqrt(jnp.sum(g**2, axis=(1, 2), keepdims=True) + 1e-12)
+        churn = jnp.where((config.s_tmin <= sigmas[i]) & (sigmas[i] <= config.s_tmax), gamma, 0.0)
+        noise = config.s_noise * jax.random.normal(jax.random.fold_in(key, i), x.shape)
+        hat = sigmas[i] * (1 + churn)
+        x = x + sigmas[i] * jnp.sqrt(churn * (2 + churn)) * noise
+        d = (x - denoiser(x, hat)) / hat
+        dt = sigmas[i + 1] - hat
+        last = denoiser(x + dt * d, sigmas[i + 1])
+        d_next = (x + dt * d - last) / sigmas[i + 1]
+        return (x + dt * 0.5 * (d + d_next), last), None
+
+    shape = (num, config.horizon, dataset.steps.shape[-1])
+    x = sigmas[0] * jax.random.normal(jax.random.fold_in(key, 10**6), shape)
+    (x, _), _ = jax.lax.scan(step, (x, jnp.zeros(shape)), jnp.arange(levels - 1))
+    return denoiser(x, sigmas[levels - 1])
 
 
 @pytest.mark.slow
-def test_guided_samples_of_a_gaussian_log_move_toward_the_product_density():
-    """White noise, the exact denoiser, a Gaussian policy of mean obs @ W: in p(tau) pi^lambda each
-    action given its observation has its mean on the line from 0 to the policy's, nearer with
-    lambda, and a smaller spread; and observations are left alone."""
-    log = toy_log()
-    log["actions"] = 0.03 * np.random.default_rng(0).normal(size=log["actions"].shape)
-    config = dataclasses.replace(CONFIG, sample_steps=64)
-    dataset = pgd.make_dataset(log, config)  # tanh is straight over such small actions
-    std = float(dataset.std[3])
-    policy = lambda obs, action: -0.5 * jnp.sum((action / std - obs @ W) ** 2, axis=-1)
-    sigmas, slopes, spreads = pgd.noise_levels(config), [], []
+def test_the_papers_rule_is_that_of_the_paper_at_its_256_levels():
+    config = dataclasses.replace(CONFIG, sample_steps=256, sigma_min=0.002, sigma_max=80.0,
+                                 sampler="heun")  # fmt: skip
+    dataset = pgd.make_dataset(toy_log(), config)
+    churn = config.s_churn, config.s_tmin, config.s_tmax, config.s_noise
+    likelihood = lambda x: float(POLICY(dataset.split(x)).mean())
 
     @jax.jit
-    def sample(weight):
-        guide = pgd.make_guide([(weight, pgd.action_score(policy))], dataset, config)
-        args = jax.random.key(0), white_noise_denoiser, (4096, 8, 7), sigmas, guide
-        return pgd.sample_sde(*args, eta=1.0)
+    def both(weight):
+        terms = [(weight, POLICY)]
+        guide = make_paper_guide(terms, dataset, config)
+        guided = lambda x, sigma: guide(white_noise_denoiser(x, sigma), sigma)
+        sigmas, shape = pgd.noise_levels(config), (512, 8, 7)
+        ours = pgd.sample_heun(jax.random.key(0), guided, shape, sigmas, churn)
+        args = jax.random.key(1), white_noise_denoiser, terms, dataset, config, 512
+        return ours, paper_sampler(*args)
 
-    for weight in (0.0, 0.02, 0.08):
-        x = sample(weight)
-        slope, spread = slope_of(x)
-        slopes.append(slope)
-        spreads.append(spread.mean())
-        np.testing.assert_allclose(np.asarray(x[..., :3]).std((0, 1)), 1.0, atol=0.03)
-    share = [float(np.sum(s * W) / np.sum(W**2)) for s in slopes]
-    assert abs(share[0]) < 0.02 < share[1] < share[2] - 0.02 and share[2] < 1.0
-    for slope, part in zip(slopes, share):
-        np.testing.assert_allclose(slope, part * np.asarray(W), atol=0.03)
-    assert spreads[0] > spreads[1] + 0.01 > spreads[2] + 0.02
+    unguided = likelihood(both(0.0)[0])
+    for weight in (0.05, 0.2, 1.0):
+        ours, paper = map(likelihood, both(weight))
+        assert paper - unguided > 0.3
+        assert ours - unguided == pytest.approx(paper - unguided, rel=0.12)
+
+
+def test_the_papers_rule_gives_every_trajectory_the_same_length_of_push():
+    dataset = pgd.make_dataset(toy_log(), CONFIG)
+    x = dataset.windows(jax.random.key(0), dataset.train_starts, 5, 8)
+    guide = make_paper_guide([(0.3, POLICY)], dataset, CONFIG)
+    lengths = [jnp.sqrt(jnp.sum((guide(x, s) - x) ** 2, (1, 2))) for s in pgd.noise_levels(CONFIG)]
+    np.testing.assert_allclose(np.std(lengths[3]) / np.mean(lengths[3]), 0.0, atol=1e-3)
+    assert np.all(np.asarray(lengths[-2]) < 1e-4)  # none at the last level
+    assert np.all(np.asarray(lengths[0]) > 0.1)
+    nothing = make_paper_guide([(1.0, lambda t: 0.0 * t.reward.sum(-1))], dataset, CONFIG)
+    np.testing.assert_array_equal(nothing(x, jnp.float32(1.0)), x)
 
 
 # --- Where trajectories start ---
@@ -278,7 +403,7 @@ def test_a_given_start_is_exact_in_every_sample_and_the_rest_follows_it(
     dataset = pgd.make_dataset(toy_log(), config)
     monkeypatch.setattr(pgd, "unet", exact_unet)
     start = jax.random.normal(jax.random.key(2), (2048, 3)) + jnp.array([1.5, 0.0, -1.0])
-    terms = [(0.05, mine), (0.05, POLICY)] if guided else []
+    terms = [(1.0, mine), (4.0, POLICY)] if guided else []
     state = pgd.DenoiserState({}, {}, (), jnp.zeros(()))
     sample = jax.jit(lambda key, start: pgd.sample(key, state, dataset, config, terms, start))
     x = sample(jax.random.key(0), start)
@@ -300,7 +425,7 @@ def test_samples_start_where_the_user_says():
     )
     dataset = pgd.make_dataset(toy_log(), config)
     start = jnp.linspace(-2.0, 2.0, 12).reshape(4, 3)
-    terms = [(0.1, mine), (0.1, POLICY)]
+    terms = [(1.0, mine), (4.0, POLICY)]
     state = pgd.init_diffusion(jax.random.key(0), dataset, config)
     x = jax.jit(lambda s, d: pgd.sample(jax.random.key(1), s, d, config, terms, start))(
         state, dataset
@@ -393,7 +518,7 @@ def test_each_weight_of_the_config_is_its_guide():
     plain, up, down, toward = (
         generated(True, **none | weights)
         for weights in (
-            {}, {"value_guidance": 0.3}, {"behaviour_guidance": 0.3}, {"guidance": 0.3},
+            {}, {"value_guidance": 10.0}, {"behaviour_guidance": 0.5}, {"guidance": 4.0},
         )
     )  # fmt: skip
     state, plain, up, down, toward = plain[2], plain[0], up[0], down[0], toward[0]
@@ -412,7 +537,7 @@ def test_generate_asks_for_each_guide_with_its_weight_and_sign(monkeypatch, weig
     """Toward the policy and its value, away from the clone; all times the round's weight."""
     seen = []
 
-    def spy(key, state, dataset, config, terms):
+    def spy(key, state, dataset, config, terms, start, rule):
         seen.append(terms)
         return jnp.zeros((2, 8, 7))
 
@@ -432,9 +557,10 @@ def test_generate_asks_for_each_guide_with_its_weight_and_sign(monkeypatch, weig
     (terms,) = seen
     np.testing.assert_allclose([float(w) for w, _ in terms], weight * np.array([0.5, 0.3, -0.2]))
     t = dataset.split(dataset.steps[:8])
+    q = agent.q_value(learner, t.obs, t.action)
     expected = [
         agent.log_prob(learner, t.obs, t.action).sum(),
-        pgd.action_score(lambda obs, action: agent.q_value(learner, obs, action))(t),
+        q.sum() / jnp.abs(q).mean(),  # whatever the scale of Q
         cloner.log_prob(model.clone, t.obs, t.action).sum(),
     ]
     np.testing.assert_allclose([float(f(t)) for _, f in terms], expected, rtol=1e-5)

@@ -1,0 +1,62 @@
+"""Fitted models of an earlier run, for other agents, seeds' agents and guidance: --denoiser DIR."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import pgd
+from host import flags, run_folder
+from host.errors import UserError
+
+# Settings of the sampler and of the agent loop, which may differ from those of the earlier run
+FREE = {
+    "agent", "seed", "num_seeds", "sampler", "sample_steps", "order", "rounds", "updates",
+    "batch_size", "real_batch", "trajectories", "sample_batch", "buffer_rounds", "dataset_path",
+    "rollout", "elites", *(name for names in flags.SAMPLE_FIELDS.values() for name in names),
+}  # fmt: skip
+
+
+def check(given: flags.Flags, old: flags.Flags, path: Path) -> None:
+    """Raise UserError where the models of the earlier run are not those that this run would fit."""
+    pairs = [
+        (f.name, getattr(given.config, f.name), getattr(old.config, f.name))
+        for f in dataclasses.fields(flags.Config)
+        if f.name not in FREE
+    ]
+    pairs += [("synthetic", given.job.synthetic, old.job.synthetic)]
+    for name, wanted, there in pairs:
+        if wanted != there:
+            raise UserError(
+                f"the models in {path} were fitted with --{name.replace('_', '-')} {there}, this "
+                f"run has {wanted}; give the same"
+            )
+
+
+def take(state: pgd.State, path: Path, wanted: Sequence[dict], there: Sequence[dict]) -> pgd.State:
+    """A new state of all runs -> the same with the models that the run in `path` has fitted.
+
+    wanted, there: the seed and fit settings of each model, here and in the folder. Raises UserError.
+    """
+    missing = [label for label in wanted if label not in there]
+    if missing:
+        known = ", ".join(str(label["seed"]) for label in there)
+        raise UserError(f"{path} has no model of seed {missing[0]['seed']}; it has {known}")
+    index = np.array([list(there).index(label) for label in wanted])
+    with run_folder.read_checkpoint(path / "checkpoint" / "state.npz") as (_, arrays):
+        pass
+
+    def leaf(name: str, like: Any):
+        x = arrays.get(f".model{name}")
+        if x is not None:
+            x = x[None] if len(there) == 1 else x
+            x = x[index[0]] if len(wanted) == 1 else x[index]
+        if x is None or (x.shape, x.dtype) != (like.shape, like.dtype):
+            raise UserError(f"the models in {path} are of another kind ({name} differs)")
+        return jax.device_put(x, like.sharding)
+
+    leaves = [leaf(*item) for item in run_folder.named_leaves(state.model)]
+    return state._replace(model=jax.tree.unflatten(jax.tree.structure(state.model), leaves))
