@@ -44,10 +44,9 @@ class Config:
     agent: str = "td3_bc"  # algorithm: bc, td3_bc, iql, awac, rebrac, sac_n, edac or cql
     seed: int = 0  # first seed
     num_seeds: int = 1  # number of seeds: seed, seed + 1, ... in one program
-    # --- Trajectories ---
+    # --- Denoiser ---
     horizon: int = 32  # steps in a synthetic trajectory (T)
     validation: float = 0.05  # fraction of the episodes held out of the generator's training
-    # --- Denoiser ---
     features: int = 64  # channels at the U-Net's first level; each further level doubles them
     levels: int = 1  # levels of the U-Net; with 1 it works at full length throughout
     blocks: int = 3  # residual blocks per level on the way down, and again on the way up
@@ -126,8 +125,7 @@ class Dataset(NamedTuple):
     def split(self, steps: chex.Array) -> Transition:
         """Standardised steps (..., D) -> Transition (...) without successors."""
         raw = steps[..., self.obs_dim :] * self.std[self.obs_dim :] + self.mean[self.obs_dim :]
-        done = (raw[..., -1] > 0.5) & (self.mean[-1] > 0)  # a log without terminals has none
-        done = done.astype(jnp.float32)
+        done = jnp.float32((raw[..., -1] > 0.5) & (self.mean[-1] > 0))  # none if the log has none
         return Transition(steps[..., : self.obs_dim], jnp.tanh(raw[..., :-2]), raw[..., -2], done)
 
     def transitions(self, rows: chex.Array) -> Transition:
@@ -243,8 +241,7 @@ def dense(params: dict, x: chex.Array) -> chex.Array:
 def unfold(x: chex.Array, kernel: int) -> chex.Array:
     """x (..., T, C) -> (..., T, kernel * C): each step beside its neighbours. dense() of it is a
     convolution over time; in a scan on CPU, lax.conv is a hundred times slower."""
-    half = kernel // 2
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(half, half), (0, 0)])
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(kernel // 2, kernel // 2), (0, 0)])
     shifted = [padded[..., i : i + x.shape[-2], :] for i in range(kernel)]
     return jnp.concatenate(shifted, axis=-1)
 
@@ -307,8 +304,7 @@ def unet(params: dict, x: chex.Array, c_noise: chex.Array, config: Config) -> ch
         x = jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec("batch"))
     dtype = activation_dtype(config)
     params, x = jax.tree.map(lambda p: p.astype(dtype), (params, x))
-    frequencies = jnp.exp(jnp.linspace(0.0, jnp.log(1000.0), config.features // 2))
-    angles = c_noise[..., None] * frequencies
+    angles = c_noise[..., None] * jnp.exp(jnp.linspace(0.0, jnp.log(1000.0), config.features // 2))
     emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).astype(dtype)
     for layer in params["embed"]:
         emb = jax.nn.relu(dense(layer, emb))
@@ -424,9 +420,9 @@ def action_score(f: Callable) -> Callable:
 
 
 def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: Config) -> Callable:
-    """(weight, score) pairs -> guide(D (B, T, D), sigma) -> D + v g / (1 + v k): the mean under
-    exp(sum weight score) of a Gaussian round D with variance v. score(trajectory (..., T)) -> (...)
-    is any function that JAX can differentiate; the weight of log pi is the exponent lambda."""
+    """(weight, score) pairs -> guide(D (B, T, D), sigma) -> D + v g / (1 + v k): the mean of
+    N(D, v) exp(sum weight score). A score, trajectory (..., T) -> (...), is any function that JAX
+    can differentiate, such as log pi, whose weight is the exponent lambda."""
     join = lambda t: jnp.concatenate([t.obs, t.action, t.reward[..., None], t.done[..., None]], -1)
     is_action = slice(dataset.obs_dim, -2)
 
@@ -504,8 +500,7 @@ def make_denoiser(params: dict, config: Config, start=None, guide=lambda x, _: x
             x = jnp.concatenate([with_start(x), everywhere], -1)
         return unet(params, x, c_noise, config)
 
-    denoiser = precondition(network)
-    return lambda x, sigma: with_start(guide(denoiser(x, sigma), sigma))
+    return lambda x, sigma: with_start(guide(precondition(network)(x, sigma), sigma))
 
 
 def denoising_loss(params, key, dataset: Dataset, starts, num: int, config: Config) -> chex.Array:
@@ -553,8 +548,8 @@ def sample(key, state, dataset, config: Config, terms=(), start=None, rule=make_
     num = config.sample_batch if start is None else start.shape[0]
     denoiser = make_denoiser(state.ema, config, start, rule(terms, dataset, config))
     args = denoiser, (num, config.horizon, dataset.steps.shape[-1]), noise_levels(config)
-    churn = config.s_churn, config.s_tmin, config.s_tmax, config.s_noise
     if config.sampler == "heun":
+        churn = config.s_churn, config.s_tmin, config.s_tmax, config.s_noise
         return sample_heun(key, *args, churn)
     return sample_sde(key, *args, config.eta, config.order)
 
@@ -641,13 +636,11 @@ def update_agent(key, agent, state, draw: Callable, num: int):
 def make_act(agent, state, dataset: Dataset) -> Callable:
     """-> act: obs (..., O) -> action (..., A), both in the environment's own units."""
     mean, std = dataset.mean[: dataset.obs_dim], dataset.std[: dataset.obs_dim]
-    act = lambda obs: agent.act(state, (obs - mean) / std)
-    return lambda obs: dataset.unscale_action(jnp.clip(act(obs), -1.0, 1.0))
+    return lambda obs: dataset.unscale_action(jnp.clip(agent.act(state, (obs - mean) / std), -1, 1))
 
 
 def run_keys(run: Run, index=0) -> tuple[chex.PRNGKey, ...]:
-    """-> keys to initialise and fit the model, to initialise the agent; and in round `index`, to
-    generate, update, evaluate and probe with."""
+    """-> keys: to init and fit the model, init the agent; generate, update, evaluate, probe."""
     model, fit, agent, rounds = jax.random.split(run.key, 4)
     return model, fit, agent, *jax.random.split(jax.random.fold_in(rounds, index), 4)
 
@@ -683,7 +676,6 @@ def make_program(config: Config, agent, make_generator=make_diffusion, evaluate=
     def run_round(run, state, dataset):
         c, agent, _ = parts(run)
         *_, key_update, key_evaluate, key_probe = run_keys(run, state.round)
-
         # Generate
         synthetic = generate(run, state, dataset)
         write = lambda b, x: b.at[state.round % c.buffer_rounds].set(x)
@@ -699,9 +691,8 @@ def make_program(config: Config, agent, make_generator=make_diffusion, evaluate=
             return jax.tree.map(lambda b, r: jnp.concatenate([b[i], r]), flat, real)
 
         learner, metrics = update_agent(key_update, agent, state.agent, draw, c.updates)
-
         # Evaluate
-        far = {}  # mean squared distance of the actions to those of the policy that guided them
+        far = {}  # mean squared distance of actions to those of the policy that guided them
         for name, t in [("real", dataset.sample(key_probe, 1024)), ("synthetic", synthetic)]:
             metrics[f"log_prob_{name}"] = jnp.mean(agent.log_prob(learner, t.obs, t.action))
             far[name] = jnp.mean((t.action - agent.act(state.agent, t.obs)) ** 2) + 1e-9

@@ -2,10 +2,10 @@
 
     python pgd.py --guidance-rule paper --guidance 0.25
 
-At level n of N the paper pushes the sample by lambda_n g / ||g||, with g the gradient of the score
-by the standardised trajectory, and lambda_n = lambda ((1 - n/N) + 0.3 sin(pi (n + 1) / N)), which is
-0 at the last level (PGD section 4). Here the push is a change of the denoiser's output of the same
-effect on the next sample, so that the samplers need to know no guide.
+At level n of N the paper pushes the sample by lambda_n g / ||g||. g is the gradient of the score by
+the standardised trajectory, and lambda_n = lambda ((1 - n/N) + 0.3 sin(pi (n + 1) / N)) is 0 at the
+last level (PGD section 4). Here the push is a change of the denoiser's output that moves the next
+sample as far, so that the samplers need no guide.
 """
 
 import jax

@@ -39,7 +39,7 @@ def check(given: flags.Flags, old: flags.Flags, path: Path) -> None:
 def take(state: pgd.State, path: Path, wanted: Sequence[dict], there: Sequence[dict]) -> pgd.State:
     """A new state of all runs -> the same with the models that the run in `path` has fitted.
 
-    wanted, there: the seed and fit settings of each model, here and in the folder. Raises UserError.
+    wanted, there: seed and fit settings of each model, here and in the folder. Raises UserError.
     """
     missing = [label for label in wanted if label not in there]
     if missing:

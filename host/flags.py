@@ -79,8 +79,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "paper": dict(
         features=1_024, levels=3, blocks=1, fit_steps=1_000_000, fit_batch=32, sampler="heun",
-        sample_steps=256, sigma_min=0.002, sigma_max=80.0, guidance=1.0, rounds=100,
-        updates=10_000, trajectories=8_192, sample_batch=256,
+        sample_steps=256, sigma_min=0.002, sigma_max=80.0, guidance=1.0, guidance_rule="paper",
+        rounds=100, updates=10_000, trajectories=8_192, sample_batch=256,
     ),
 }  # fmt: skip
 

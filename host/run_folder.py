@@ -321,7 +321,8 @@ def results(rows: list[dict], validation: dict) -> dict:
     the other measures."""
     scores = [row["score"] for row in rows if "score" in row]
     mean, ci95 = interval(scores)
-    measures = [name for name in rows[0] if name.startswith("log_prob")] + list(validation)
+    measures = [name for name in MEASURES if name in rows[0] and name not in validation]
+    measures += list(validation)
     return {
         "seeds": [row["seed"] for row in rows],
         "returns": [row["return"] for row in rows if "return" in row],
@@ -357,7 +358,10 @@ MEASURES = {  # of final.json -> their names in the table
     "clone_log_prob": "held-out log-likelihood of the clone",
     "log_prob_synthetic": "log-likelihood of synthetic actions",
     "log_prob_real": "log-likelihood of logged actions",
+    "policy_distance": "distance to the policy (log: 1)",  # of synthetic actions, squared
+    "effective_guidance": "effective guidance (lambda / std^2)",
 }
+OF_SYNTHETIC = ("log_prob_synthetic", "policy_distance", "effective_guidance")
 
 
 def table(final: dict) -> str:
@@ -384,7 +388,7 @@ def table(final: dict) -> str:
     lines.append("")
     for name, title in MEASURES.items():
         if "sweep" not in final and final.get(name) is not None:
-            if final["synthetic"] != "none" or name != "log_prob_synthetic":
+            if final["synthetic"] != "none" or name not in OF_SYNTHETIC:
                 lines.append(f"  {title:<36}{final[name]:>10.4g}")
     total = sum(final["wall_seconds"].values())
     parts = ", ".join(f"{stage} {s:.0f}" for stage, s in final["wall_seconds"].items())

@@ -118,38 +118,63 @@ def test_zero_weight_is_unguided_to_the_last_bit(sampler):
 # --- The density of guided samples ---
 
 
-def slope_of(x):
-    """Regression of the standardised actions, before tanh, on the observations of a sample."""
-    obs, z = np.asarray(x[..., :3]).reshape(-1, 3), np.asarray(x[..., 3:5]).reshape(-1, 2)
-    w, *_ = np.linalg.lstsq(obs, z - z.mean(0), rcond=None)
-    return w, (z - z.mean(0) - obs @ w).std(0)
+SETTINGS = [
+    (pgd.sample_sde, 8, 8.0),
+    (pgd.sample_sde, 64, 8.0),
+    (pgd.sample_sde, 64, 1.0),
+    (pgd.sample_sde, 256, 1.0),
+    (pgd.sample_heun, 32, 0.0),
+]
+
+
+@functools.cache
+def gaussian_task(sampler, levels, eta):
+    """White noise with actions so small that tanh is straight -> sample(lambda, w), of a policy
+    N(obs @ w + (0.5, -0.3), 1), all standardised -> observations (S, 3), actions (S, 2)."""
+    config = dataclasses.replace(CONFIG, sample_steps=levels, eta=eta)
+    dataset = pgd.make_dataset(small_action_log(), config)
+    mean, std = (x[3:5] for x in (dataset.mean, dataset.std))
+
+    @jax.jit
+    def sample(weight, w):
+        mu = lambda obs: obs @ w + jnp.array([0.5, -0.3])
+        policy = lambda obs, action: -0.5 * jnp.sum(((action - mean) / std - mu(obs)) ** 2, axis=-1)
+        terms = [(weight, pgd.action_score(policy))]
+        x = draw(sampler, white_noise_denoiser, terms, dataset, config, 1024)
+        return x[..., :3].reshape(-1, 3), x[..., 3:5].reshape(-1, 2)
+
+    return sample
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "sampler, levels, eta",
-    [(pgd.sample_sde, 16, 8.0), (pgd.sample_sde, 64, 8.0), (pgd.sample_sde, 64, 1.0),
-     (pgd.sample_sde, 256, 1.0), (pgd.sample_heun, 32, 0.0)],
-)  # fmt: skip
-def test_a_gaussian_log_and_a_linear_policy_give_the_product_density(sampler, levels, eta):
-    """White noise and a policy N(obs @ W, 1), all standardised: each action given its observation
-    is N(gain obs @ W, 1 - gain) with gain = lambda / (1 + lambda), at any number of levels."""
-    config = dataclasses.replace(CONFIG, sample_steps=levels, eta=eta)
-    dataset = pgd.make_dataset(small_action_log(), config)
-    mean, std = (jnp.asarray(x[3:5]) for x in (dataset.mean, dataset.std))
-    policy = lambda obs, action: -0.5 * jnp.sum(((action - mean) / std - obs @ W) ** 2, axis=-1)
+@pytest.mark.parametrize("sampler, levels, eta", SETTINGS)
+def test_a_gaussian_log_and_policy_give_the_product_density(sampler, levels, eta):
+    """Mean gain mu and variance 1 - gain with gain = lambda / (1 + lambda), in units of the
+    unguided sample's, whatever the sampler and the number of levels."""
+    sample, still = gaussian_task(sampler, levels, eta), jnp.zeros((3, 2))
+    unguided = np.asarray(sample(0.0, still)[1]).std(0)
+    for weight in LAMBDAS:
+        obs, action = map(np.asarray, sample(weight, still))
+        gain = weight / (1 + weight)
+        np.testing.assert_allclose(action.mean(0), gain * np.array([0.5, -0.3]), atol=0.03)
+        np.testing.assert_allclose(action.std(0), np.sqrt(1 - gain) * unguided, rtol=0.12)
+        np.testing.assert_allclose(obs.std(0), unguided.mean(), rtol=0.05)  # they do not move
 
-    @jax.jit
-    def sample(weight):
-        terms = [(weight, pgd.action_score(policy))]
-        return draw(sampler, white_noise_denoiser, terms, dataset, config)
 
-    for weight in (0.0, *LAMBDAS):
-        x, gain = sample(weight), weight / (1 + weight)
-        slope, spread = slope_of(x)
-        np.testing.assert_allclose(slope, gain * np.asarray(W), atol=0.03)
-        np.testing.assert_allclose(spread, np.sqrt(1 - gain), rtol=0.08)
-        np.testing.assert_allclose(np.asarray(x[..., :3]).std((0, 1)), 1.0, atol=0.05)
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler, levels, eta", SETTINGS[1:])
+def test_a_policy_of_the_state_is_met_within_a_third(sampler, levels, eta):
+    """With the gradient by the actions alone, an action also keeps what it learnt while its state
+    was uncertain: E (a - mu)^2 is up to a third above that of p(s) p(a) pi^lambda / Z(s)."""
+    sample = gaussian_task(sampler, levels, eta)
+    distance = lambda weight: float(np.mean((lambda o, a: (a - mu(o)) ** 2)(*sample(weight, W))))
+    mu = lambda obs: obs @ W + jnp.array([0.5, -0.3])
+    square = float(np.sum(W**2) + 0.5**2 + 0.3**2) / 2  # E mu^2 per action
+    unguided = distance(0.0) / (1 + square)
+    for weight in LAMBDAS:
+        gain = weight / (1 + weight)
+        exact = (1 - gain) + (1 - gain) ** 2 * square
+        assert 0.97 < distance(weight) / unguided / exact < 1.33
 
 
 @pytest.mark.slow
@@ -253,30 +278,26 @@ def bowl(obs, action):
 
 
 @pytest.mark.parametrize("f", [q_value, bowl, lambda obs, action: jnp.sum(action**2, -1)])
-def test_any_score_moves_up_monotonically_and_at_most_by_the_noise_that_is_left(f):
-    score = pgd.action_score(f)
-    for sigma in (0.05, 1.0):
-        last = None
-        for weight in (0.1, 1.0, 10.0, 1e4):
-            moved, x, dataset = moved_by([(weight, score)], sigma)
-            action = lambda x: np.asarray(dataset.split(jnp.asarray(x)).action)
-            g = np.asarray(
-                jax.grad(
-                    lambda a: (
-                        f(None, a).sum() if f is bowl else f(jnp.zeros((*a.shape[:-1], 3)), a).sum()
-                    )
-                )(action(x))
-            )
-            step = action(x + moved) - action(x)
-            assert np.all(step * g >= -1e-6)  # uphill
-            v = sigma**2 / (1 + sigma**2)
-            inside = np.abs(action(x)) < 0.9
-            std = np.asarray(dataset.std[3:5])
-            assert np.all(np.abs(step)[inside] <= (1.01 * np.sqrt(v) * std + 0 * step)[inside])
-            if last is not None:
-                assert np.all(np.abs(step) >= np.abs(last) - 1e-5)
-            last = step
-        assert np.abs(last).max() > 0.1 * np.sqrt(v)
+@pytest.mark.parametrize("sigma", [0.05, 1.0])
+def test_any_score_moves_uphill_and_further_with_its_weight_but_not_too_far(f, sigma):
+    """At most by the spread sqrt(v) that the noise leaves, or to the top of its parabola there."""
+    last = 0.0
+    for weight in (0.1, 1.0, 10.0, 1e4):
+        moved, x, dataset = moved_by([(weight, pgd.action_score(f))], sigma)
+        t = dataset.split(jnp.asarray(x))
+        g, h = jax.jvp(
+            jax.grad(lambda a: jnp.sum(f(t.obs, a))), (t.action,), (jnp.ones_like(t.action),)
+        )
+        inside = np.abs(np.asarray(t.action)) < 0.9
+        step = np.asarray(dataset.split(x + moved).action - t.action)
+        assert np.all(step * g >= -1e-6)
+        assert np.all(np.abs(step) >= np.abs(last) - 1e-5)
+        spread = np.sqrt(sigma**2 / (1 + sigma**2)) * np.asarray(dataset.std[3:5])
+        top = np.minimum(np.abs(g) / np.maximum(-np.asarray(h), 1e-9), 2.0)
+        limit = np.where(-2.0 * h >= np.abs(g), top, np.broadcast_to(spread, step.shape))
+        assert np.all(np.abs(step)[inside] <= 1.05 * limit[inside])
+        last = step
+    assert np.abs(last).max() > 0.1 * spread.max()
 
 
 def test_a_quadratic_score_of_ones_own_is_met_and_a_straight_one_is_followed():
@@ -359,7 +380,7 @@ def test_the_papers_rule_is_that_of_the_paper_at_its_256_levels():
     for weight in (0.05, 0.2, 1.0):
         ours, paper = map(likelihood, both(weight))
         assert paper - unguided > 0.3
-        assert ours - unguided == pytest.approx(paper - unguided, rel=0.12)
+        assert ours - unguided == pytest.approx(paper - unguided, rel=0.25)
 
 
 def test_the_papers_rule_gives_every_trajectory_the_same_length_of_push():

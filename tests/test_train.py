@@ -374,7 +374,7 @@ def test_a_sample_is_the_samplers_with_the_settings_and_the_averaged_parameters(
     low, high = s["sigma_min"] ** (1 / 3), s["sigma_max"] ** (1 / 3)
     sigmas = jnp.append((high + ramp * (low - high)) ** 3, 0.0).astype(jnp.float32)
     denoiser = pgd.precondition(lambda x, c: pgd.unet(ema, x, c, config))
-    args = denoiser, (4, 8, 7), sigmas, None
+    args = denoiser, (4, 8, 7), sigmas
     if name == "sde":
         expected = jax.jit(lambda k: pgd.sample_sde(k, *args, eta=0.6, order=1))(key)
     else:
