@@ -25,12 +25,13 @@ METHOD = "test_edm.py test_guidance.py test_train.py test_dataset.py"
 TESTS = {  # file -> tests that should notice
     "pgd.py": METHOD,
     "agents.py": "test_agents.py",
-    "data.py": "test_data.py test_collect.py",
+    "data.py": "test_data.py test_collect.py test_fitted.py",
     "baselines/world_model.py": "test_world_model.py",
     "baselines/behaviour.py": "test_guidance.py",
+    "baselines/paper_guide.py": "test_guidance.py",
     "host/spread.py": "test_train.py test_spread.py",
     "host/run_folder.py": "test_run_folder.py test_flags.py test_cli.py",
-    "host/cli.py": "test_export.py test_run_folder.py test_train.py test_cli.py",
+    "host/cli.py": "test_export.py test_fitted.py test_run_folder.py test_train.py test_cli.py",
     "host/flags.py": "test_flags.py",
     "host/envs.py": "test_envs.py",
 }
