@@ -123,11 +123,16 @@ def generator_maker(given: Flags, points: list[dict[str, float]]) -> Callable:
         return make_world_model
     if given.job.synthetic == "none":
         return make_log_alone
-    rule = make_paper_guide if given.job.guidance_rule == "paper" else pgd.make_guide
+    rule = guidance_rule(given)
     weight = given.config.behaviour_guidance
     if any(point.get("behaviour_guidance", weight) for point in points):
         return functools.partial(make_diffusion_with_clone, cloner=agents.bc(), rule=rule)
     return functools.partial(pgd.make_diffusion, rule=rule)
+
+
+def guidance_rule(given: Flags) -> Callable:
+    """-> rule(terms, dataset, config), which makes a guide."""
+    return {"density": pgd.make_guide, "paper": make_paper_guide}[given.job.guidance_rule]
 
 
 def agent_maker(session: Session) -> Any:
@@ -251,8 +256,9 @@ class Recorder:
             path, layout = Path(path), self.session.layout
             old = from_saved(run_folder.read_config(path)[0], path / "config.json")
             there = lay_out(old, flags.sweep_points(old)).models
-            state = fitted.take(state, path, layout.models, there)
-            self.fitted = self.session.make_generator(self.session.flags.config).num_chunks
+            num_chunks = self.session.make_generator(self.session.flags.config).num_chunks
+            state = fitted.take(state, path, num_chunks, layout.models, there)
+            self.fitted = num_chunks
         say(f"run folder: {self.folder.path}")
         notes(self.session)
         self.clock = time.monotonic()

@@ -36,18 +36,26 @@ def check(given: flags.Flags, old: flags.Flags, path: Path) -> None:
             )
 
 
-def take(state: pgd.State, path: Path, wanted: Sequence[dict], there: Sequence[dict]) -> pgd.State:
+def take(
+    state: pgd.State, path: Path, num_chunks: int, wanted: Sequence[dict], there: Sequence[dict]
+) -> pgd.State:
     """A new state of all runs -> the same with the models that the run in `path` has fitted.
 
-    wanted, there: seed and fit settings of each model, here and in the folder. Raises UserError.
+    num_chunks: chunks of a whole fit. wanted, there: seed and fit settings of each model, here and
+    in the folder. Raises UserError, also where the fit in the folder is not finished.
     """
+    checkpoint = path / "checkpoint" / "state.npz"
+    if not checkpoint.is_file():
+        raise UserError(f"{path} has no checkpoint yet; --resume {path} fits its models")
     missing = [label for label in wanted if label not in there]
     if missing:
         known = ", ".join(str(label["seed"]) for label in there)
         raise UserError(f"{path} has no model of seed {missing[0]['seed']}; it has {known}")
     index = np.array([list(there).index(label) for label in wanted])
-    with run_folder.read_checkpoint(path / "checkpoint" / "state.npz") as (_, arrays):
-        pass
+    with run_folder.read_checkpoint(checkpoint) as (about, arrays):
+        done = int(about["fitted"])
+    if done < num_chunks and not np.all(arrays[".round"] > 0):  # a fused run counts no chunks
+        raise UserError(f"the fit in {path} is not finished; --resume {path} finishes it")
 
     def leaf(name: str, like: Any):
         x = arrays.get(f".model{name}")

@@ -27,12 +27,13 @@ class Job:
     # --- Task ---
     env: str | None = None  # task, such as hopper-medium or minari:NAME; else pendulum-medium
     synthetic: Synthetic = "diffusion"  # source of synthetic data; none: the log
-    guidance_rule: Literal["density", "paper"] = "density"  # paper: its normalised gradient
     preset: Preset = "default"  # default values; see docs/presets.md
     sweep: tuple[str, ...] = ()  # settings and values: guidance 0 1 eta 1 8 makes four points
     denoiser: str | None = None  # folder of a run whose fitted models are used, instead of a fit
     shared_denoiser: bool = False  # one denoiser, that of seed 0, for all seeds
     fused: bool = False  # the whole run as one compiled program, without progress
+    # --- Guidance ---
+    guidance_rule: Literal["density", "paper"] = "density"  # how scores guide; see docs/guides.md
     # --- Evaluation ---
     eval_episodes: int = 10  # episodes per seed and evaluation
     physics: Literal["auto", "c", "mjx"] = (

@@ -16,6 +16,7 @@ Intervals are 95 % intervals over seeds.
 import contextlib
 import ctypes.util
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ class Model(NamedTuple):
     config: world_model.Config
     state: Any  # with a leading axis (seeds,), unless shared
     shared: bool  # one model for all seeds
+    rule: Callable = pgd.make_guide  # makes the guide of a diffusion model
 
     def of(self, seed: int) -> Any:
         """-> the model's state of the seed-th seed."""
@@ -93,7 +95,8 @@ def load_run(run_dir: str, argv: Sequence[str] = ()) -> tuple[cli.Session, Model
     synthetic = session.flags.job.synthetic
     if argv and synthetic == "diffusion":
         config = with_sampler(session.flags, argv)
-    model = Model(synthetic, config, state, session.layout.num_models == 1)
+    rule = cli.guidance_rule(session.flags)
+    model = Model(synthetic, config, state, session.layout.num_models == 1, rule)
     if config.rounds * config.updates < 100:
         return session, model, None
     name = f"{config.agent} of {Path(run_dir).name}"
@@ -320,7 +323,7 @@ def make_sampler(model: Model, agent, clone: Target, dataset, num: int, length: 
     settings = {"trajectories": num, "sample_batch": num}
     if model.name == "diffusion":
         settings |= POLICY_ONLY | {"horizon": length + 1}
-        make = pgd.make_diffusion
+        make = functools.partial(pgd.make_diffusion, rule=model.rule)
     else:
         settings |= {"rollout": length, "penalty": 0.0, "horizon": length}
         make = world_model.make_world_model

@@ -44,12 +44,17 @@ class Denoiser(NamedTuple):
     config: pgd.Config
     state: Any  # pgd.DenoiserState
 
+    @property
+    def rule(self) -> Callable:
+        return cli.guidance_rule(self.session.flags)
+
     def sample(self, key, terms=(), start=None) -> pgd.Transition:
         """-> trajectories (NUM, T) without successors; terms and start as in pgd.sample."""
 
         @jax.jit
         def sample(key, state, dataset, start):
-            return dataset.split(pgd.sample(key, state, dataset, self.config, terms, start))
+            x = pgd.sample(key, state, dataset, self.config, terms, start, self.rule)
+            return dataset.split(x)
 
         return sample(key, self.state, self.session.dataset, start)
 
@@ -120,7 +125,8 @@ def make_estimate(denoiser: Denoiser) -> Callable:
         score = pgd.action_score(pgd.target_policy(agent, policy).log_prob)
 
         def window(obs, key):
-            x = pgd.sample(key, state, dataset, denoiser.config, [(weight, score)], obs)
+            terms = [(weight, score)]
+            x = pgd.sample(key, state, dataset, denoiser.config, terms, obs, denoiser.rule)
             t = dataset.split(x)
             return t.obs[:, -1], t.reward[:, :-1].sum(axis=1)
 

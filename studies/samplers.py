@@ -147,10 +147,10 @@ def logged(dataset: pgd.Dataset, num: int, horizon: int, seed: int) -> pgd.Trans
     return jax.tree.map(lambda x: np.asarray(x)[:, : horizon - 1], t)
 
 
-def make_sampler(config: pgd.Config, num: int) -> Callable:
+def make_sampler(config: pgd.Config, num: int, rule: Callable = pgd.make_guide) -> Callable:
     """-> sample(key, model, agent_state, weight, dataset) -> Transition (num, horizon - 1, ...) in
     numpy, under TD3+BC in this state."""
-    generator = pgd.make_diffusion(config)
+    generator = pgd.make_diffusion(config, rule=rule)
 
     @jax.jit
     def generate(key, model, agent_state, weight, dataset):
@@ -180,7 +180,7 @@ def sample_all(run_dir: str, num: int, num_seeds: int, weights: Sequence[float])
         for name, family, levels in settings:
             own = claims.POLICY_ONLY | family.settings | {"sample_steps": levels}
             own |= {"trajectories": num, "sample_batch": num}
-            sample = make_sampler(dataclasses.replace(model.config, **own), num)
+            sample = make_sampler(dataclasses.replace(model.config, **own), num, model.rule)
             for weight in weights:
                 for seed in range(num_seeds):
                     target = jax.tree.map(lambda x, seed=seed: x[seed], bench.targets)

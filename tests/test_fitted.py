@@ -54,6 +54,27 @@ def test_models_that_do_not_fit_are_refused(ran, more, message):
         ran("refused" + more[0], "--denoiser", first, *more)
 
 
+@pytest.mark.slow
+def test_models_of_a_fit_that_is_not_finished_are_refused(ran, monkeypatch):
+    """A run that ends after its first chunk of the fit, as one that was killed."""
+    monkeypatch.setenv("PGD_SAVE_EVERY", "0")
+    chunk = cli.Recorder.chunk
+
+    def stop(self, *args):
+        self.folder._save_cost = 0.0
+        chunk(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(cli.Recorder, "chunk", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ran("killed")
+    killed = ran("free").parent / "killed"
+    assert (killed / "checkpoint" / "state.npz").is_file()
+    with pytest.raises(UserError, match="the fit in .*killed is not finished; --resume"):
+        ran("on_killed", "--denoiser", killed)
+
+
 def test_seeds_are_judged_from_starts_of_their_own_and_each_time_anew(monkeypatch):
     seen = []
     judge = lambda copies, act, starts: seen.append(starts) or np.zeros(4)

@@ -509,6 +509,18 @@ def test_the_agent_that_is_judged_is_the_one_after_the_updates():
         assert float(metrics["shown"]) == num - 2.5  # the mean over the updates
 
 
+def test_a_round_says_how_far_its_data_are_from_the_policy_that_guided_them():
+    """The synthetic actions are 0; the Recorder acts by 0.01 for each update before the round."""
+    _, said, dataset = record(rounds=3)
+    logged = np.asarray(dataset.transitions(jnp.arange(len(dataset.usable))).action)
+    for i, metrics in enumerate(said[1:], 1):
+        action = 0.01 * i * CONFIG.updates
+        synthetic, log = action**2, np.mean((logged - action) ** 2)
+        assert float(metrics["policy_distance"]) == pytest.approx(synthetic / log, rel=0.1)
+        expected = 1 / synthetic - 1 / log
+        assert float(metrics["effective_guidance"]) == pytest.approx(expected, rel=0.01)
+
+
 def test_every_evaluation_has_its_own_starts_and_so_has_every_seed():
     program, dataset = make(agent=Recorder(), evaluate=starts_and_action, synthetic="none")
     run_round, starts = jax.jit(program.round), []
