@@ -150,6 +150,24 @@ def rollouts(fitted, policy=PUSH, **settings):
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, model.length, *x.shape[1:]), t), dataset
 
 
+def test_a_rollout_goes_on_from_a_logged_state_after_a_terminal(monkeypatch):
+    """Where every step is predicted to be a terminal that leads far from the log."""
+    config = dataclasses.replace(CONFIG, rollout=5)
+    dataset, model = pgd.make_dataset(toy_log(episodes=60), config), make(config)
+    state = model.init(jax.random.key(0), dataset)
+
+    def terminal(elites, obs, action, dataset, scale):
+        each = lambda x: jnp.broadcast_to(x, (config.elites, *x.shape))
+        zero = each(jnp.zeros(obs.shape[:-1]))
+        return wm.Prediction(each(obs + 100.0), zero, 0.0 * each(obs), zero, zero + 1.0)
+
+    monkeypatch.setattr(wm, "predict_with", terminal)
+    t = model.generate(jax.random.key(1), state, PUSH, 1.0, dataset)
+    assert np.all(np.asarray(t.done) == 1) and np.asarray(t.next_obs).min() > 50.0
+    logged = {tuple(x) for x in np.round(np.asarray(dataset.steps[:, :3]), 4)}
+    assert all(tuple(x) in logged for x in np.round(np.asarray(t.obs), 4))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 5, 40])
 def test_rollouts_start_in_the_log_and_follow_the_policy(fitted, length):
