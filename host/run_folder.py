@@ -246,6 +246,12 @@ def load_policy(path: str | Path, seed: int = 0, **point: float) -> Callable:
     seed: one of the run's seeds; point: of a sweep, the values of its settings, such as guidance=1.
     Needs neither the log nor the simulator. Raises UserError for a run that is not there.
     """
+    act = policy_in_jax(path, seed, **point)
+    return lambda obs: np.asarray(act(np.asarray(obs, np.float32)))
+
+
+def policy_in_jax(path: str | Path, seed: int = 0, **point: float) -> Callable:
+    """As load_policy, but act is a compiled JAX function that other JAX functions may call."""
     import agents
 
     config, _ = read_config(path)
@@ -273,7 +279,7 @@ def load_policy(path: str | Path, seed: int = 0, **point: float) -> Callable:
         action = agent.act(state, (obs - mean[:num_obs]) / std[:num_obs])
         return low + (jax.numpy.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
 
-    return lambda obs: np.asarray(act(np.asarray(obs, np.float32)))
+    return act
 
 
 # --- Results ---
