@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from host.errors import UserError
+from host.errors import UserError, printable
 
 # Exceptions of h5py, zipfile and numpy on a damaged file or a file of another format
 DAMAGE = (
@@ -33,7 +33,7 @@ DAMAGE = (
 
 def say(text: str) -> None:
     """Print a line on stderr without breaking a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(text), file=sys.stderr)
 
 
 def require(module: str, package: str):

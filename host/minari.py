@@ -6,9 +6,11 @@ make = minari_environment(open_minari("mujoco/hopper/medium-v0"))   # None if un
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -60,19 +62,81 @@ def check_minari_name(name: str) -> str:
 
 def open_minari(name: str):
     """Minari name -> minari.MinariDataset, fetched by the minari package if it is not on disk.
-    Raises UserError if there is no such data set or if it is unreadable."""
+    Raises UserError if there is no such data set, if it is unreadable, or if opening it would run
+    code that it names."""
     minari = require("minari", "minari")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every failed try
     folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
     make_folder(Path(folder).expanduser(), "MINARI_DATASETS_PATH")
     try:
-        return minari.load_dataset(name, download=True)
+        content = Path(folder).expanduser() / name / "data"
+        if not content.exists():
+            minari.download_dataset(name)
+        check_files(content, name)
+        return minari.load_dataset(name)
+    except UserError:
+        raise
     except Exception as e:  # the package, its hub client and the file raise errors of many types
         reason = " ".join(str(e).split())[:150]
         raise UserError(
             f"Minari has no readable data set {name} here or at its remote ({type(e).__name__}: "
             f"{reason}); python data.py list names the local ones"
         ) from e
+
+
+def check_files(folder: Path, name: str) -> None:
+    """Check the files of a data set before the minari package opens them.
+
+    The package builds the environment that metadata.json names if a space is missing there, and
+    that environment may be any Python function. Raises UserError for such a data set, for files
+    that are not plain ones, for links out of the HDF5 file, and for counts that do not fit.
+    """
+
+    def refuse(what: str):
+        raise UserError(f"minari:{name} is refused: {what}")
+
+    plain = lambda path: stat.S_ISREG(path.stat().st_mode) or path.is_dir()
+    if odd := [path for path in folder.rglob("*") if not plain(path)]:
+        refuse(f"{odd[0].name} is not a plain file")
+    metadata = json.loads((folder / "metadata.json").read_text())
+    if not isinstance(metadata, dict):
+        refuse("metadata.json holds no dictionary")
+    for space in ("observation_space", "action_space"):
+        if not isinstance(metadata.get(space), str):
+            refuse(
+                f"metadata.json has no {space}, and Minari would build the environment that the "
+                "data set names to find it; only a data set with both spaces is opened"
+            )
+    main = folder / "main_data.hdf5"
+    if main.exists():
+        num = count_episodes(main, refuse)
+    else:
+        num = sum(path.name.isdigit() for path in folder.iterdir())
+    declared = metadata.get("total_episodes")
+    if not isinstance(declared, int) or not 0 <= declared <= num:
+        refuse(f"it declares {declared} episodes and holds {num}")
+
+
+def count_episodes(path: Path, refuse: Callable) -> int:
+    """An HDF5 file -> the number of its episodes; refuse(reason) is called for a link that leaves
+    the file, or for raw data or virtual data in other files."""
+    h5py = require("h5py", "h5py")
+
+    def walk(group, depth: int) -> None:
+        for key in group:
+            if isinstance(group.get(key, getlink=True), (h5py.ExternalLink, h5py.SoftLink)):
+                refuse(f"{group.name}/{key} in {path.name} is a link, which is not followed")
+            item = group[key]
+            if isinstance(item, h5py.Group):
+                if depth > 8:
+                    refuse(f"{path.name} is nested too deep")
+                walk(item, depth + 1)
+            elif isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+                refuse(f"{item.name} in {path.name} lies in another file, which is not followed")
+
+    with h5py.File(path, "r") as f:
+        walk(f, 0)
+        return sum(key.startswith("episode_") for key in f)
 
 
 # --- Data set -> log ---
@@ -166,12 +230,29 @@ def _flatten(space, x, where: str) -> np.ndarray:
 # --- The environment of a data set ---
 
 
+# Keyword arguments of environments that a data set may set. They change the task, as a maze or a
+# weight of the reward does, but load no file and open no window.
+KEYWORDS = {
+    "maze_map", "continuing_task", "reset_target", "reward_type", "tasks_to_complete",
+    "terminate_on_tasks_completed", "remove_task_when_completed", "object_noise_ratio",
+    "robot_noise_ratio", "forward_reward_weight", "ctrl_cost_weight", "contact_cost_weight",
+    "healthy_reward", "terminate_when_unhealthy", "healthy_state_range", "healthy_z_range",
+    "healthy_angle_range", "reset_noise_scale", "use_contact_forces", "contact_force_range",
+    "exclude_current_positions_from_observation", "include_cfrc_ext_in_observation",
+    "max_episode_steps", "g", "goal_velocity", "continuous",
+}  # fmt: skip
+PACKAGES = ("gymnasium.", "gymnasium_robotics.", "ogbench.")  # whose environments are built
+# Wrappers that change neither observations, actions nor rewards
+HARMLESS = {"TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics",
+            "RecordVideo", "Monitor", "DataCollector", "StepDataCallback"}  # fmt: skip
+
+
 def minari_environment(found) -> Callable | None:
     """MinariDataset -> make(), which builds the environment that the data set was recorded in.
 
     None if the environment cannot be used; one line on stderr then says why. Only environments that
-    gymnasium or gymnasium-robotics registers are built. Code that the data set itself names, such
-    as an entry point or a wrapper, is never run.
+    gymnasium, gymnasium-robotics or ogbench register are built, with keyword arguments of KEYWORDS.
+    Code that the data set itself names, such as an entry point or a wrapper, is never run.
     """
     spec = found.env_spec
     if spec is None or spec.max_episode_steps is None:
@@ -182,19 +263,53 @@ def minari_environment(found) -> Callable | None:
         import gymnasium_robotics
 
         gymnasium.register_envs(gymnasium_robotics)
-    settings = dict(spec.kwargs) | {"max_episode_steps": spec.max_episode_steps}
-    make = functools.partial(gymnasium.make, spec.id, disable_env_checker=True, **settings)
-    reason = "no such environment is registered here"
-    if spec.additional_wrappers:
-        reason = "it was wrapped"
-    elif spec.id in gymnasium.registry:
+    try:
+        steps, settings = environment_settings(spec, gymnasium.registry)
+        make = functools.partial(
+            gymnasium.make, spec.id, disable_env_checker=True, max_episode_steps=steps, **settings
+        )
+        env = make()
         try:
-            make().close()
-            return make
-        except Exception as e:  # an environment may raise anything on settings it does not know
-            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+            env.reset(seed=0)
+            env.step(env.action_space.sample())
+        finally:
+            env.close()
+        size = gymnasium.spaces.flatdim
+        for name in ("observation_space", "action_space"):
+            there, here = (size(getattr(x, name)) for x in (found, env))
+            if there != here:
+                raise UserError(f"its {name.replace('_', ' ')} has {here} entries, not {there}")
+        return make
+    except UserError as e:
+        reason = str(e)
+    except Exception as e:  # an environment may raise anything on settings it does not know
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
     say(
         f"the log was recorded in {spec.id}, which cannot be used here ({reason}); going on "
         "without returns"
     )
     return None
+
+
+def environment_settings(spec, registry: dict) -> tuple[int, dict]:
+    """EnvSpec of a data set -> maximal steps per episode and keyword arguments. Raises UserError
+    for an environment that must not be built."""
+    known = registry.get(spec.id) if isinstance(spec.id, str) else None
+    if known is None:
+        raise UserError("no such environment is registered here")
+    entry = known.entry_point
+    if not (isinstance(entry, str) and entry.startswith(PACKAGES)):
+        raise UserError(f"only environments of {', '.join(p[:-1] for p in PACKAGES)} are built")
+    wrappers = spec.additional_wrappers
+    if any(w.name not in HARMLESS for w in wrappers):
+        raise UserError(f"it was wrapped in {', '.join(str(w.name) for w in wrappers)}")
+    if not isinstance(spec.kwargs, dict):
+        raise UserError("its keyword arguments are no dictionary")
+    settings = {k: v for k, v in spec.kwargs.items() if k != "render_mode"}  # nothing is drawn
+    if strange := sorted(set(settings) - KEYWORDS):
+        raise UserError(f"its keyword argument {strange[0]} may change more than the task")
+    steps = [spec.max_episode_steps]
+    steps += [w.kwargs.get("max_episode_steps") for w in wrappers if w.name == "TimeLimit"]
+    if not all(type(n) is int and 0 < n <= 10**6 for n in steps):
+        raise UserError(f"its limit of {steps[-1]} steps per episode is none")
+    return min(steps), settings

@@ -1,15 +1,19 @@
 """Minari data sets: read, evaluated, refused and written."""
 
+import json
+import os
+import re
+
 import h5py
 import numpy as np
 import pytest
-from conftest import successors, toy_log
+from conftest import data_command, successors, toy_log
 
 import data
 from host import envs
 from host.errors import UserError
 from host.export import write_minari
-from host.minari import open_minari
+from host.minari import minari_environment, open_minari
 
 
 @pytest.fixture
@@ -120,7 +124,7 @@ def test_a_log_made_in_a_wrapped_environment_keeps_its_own_bounds(tmp_path, monk
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda f: f.pop("episode_1"), "is damaged"),
+        (lambda f: f.pop("episode_1"), "declares 2 episodes and holds 1"),
         (lambda f: f["episode_0"].pop("rewards"), "is damaged"),
         (lambda f: f["episode_0/rewards"].resize((5,)), "is damaged"),
         (lambda f: f["episode_0/observations/goal"].resize((5, 2)), "is damaged|one more"),
@@ -149,3 +153,129 @@ def test_a_failed_minari_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         write_minari("toy/full-v0", log, task, "")
     assert not (tmp_path / "toy" / "full-v0").exists()
+
+
+# --- Data sets from strangers ---
+
+
+@pytest.fixture
+def hostile(minari_set, tmp_path):
+    """-> rewrite(**changes) of metadata.json of toy/dict-v0; None removes an entry."""
+    path = tmp_path / "minari/toy/dict-v0/data/metadata.json"
+
+    def rewrite(**changes):
+        content = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+    return rewrite
+
+
+WRAPPER = {"name": "RecordEpisodeStatistics", "entry_point": "os:system", "kwargs": {}}
+
+
+def spec_of(entry="os:system", wrappers=(), **fields) -> str:
+    """An environment's specification as Minari stores it."""
+    spec = {"id": "Evil-v0", "entry_point": entry, "kwargs": {}, "max_episode_steps": 5}
+    return json.dumps(spec | {"additional_wrappers": list(wrappers)} | fields)
+
+
+@pytest.mark.parametrize("space", ["observation_space", "action_space"])
+@pytest.mark.parametrize("value", [None, 3, [], {}])
+@pytest.mark.parametrize("command", [["info"], ["download"], ["load"]])
+def test_a_set_without_a_space_never_runs_the_environment_it_names(
+    hostile, tmp_path, space, value, command, capsys, monkeypatch
+):
+    proof = tmp_path / "ran"
+    spec = spec_of(kwargs={"command": f"touch {proof}"})
+    hostile(env_spec=spec, **{space: value})
+    with pytest.raises((UserError, SystemExit)) as e:
+        if command == ["load"]:
+            data.load("minari:toy/dict-v0")
+        data_command(capsys, monkeypatch, *command, "minari:toy/dict-v0")
+    said = str(e.value) + capsys.readouterr().err
+    assert f"has no {space}" in said and not proof.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "spec, reason",
+    [
+        ({}, "no such environment is registered"),
+        ({"id": "Pendulum-v1", "kwargs": {"render_mode": "human", "x": 1}}, "keyword argument x"),
+        ({"id": "Hopper-v5", "kwargs": {"xml_file": "/etc/passwd"}}, "keyword argument xml_file"),
+        ({"id": "Hopper-v5", "kwargs": {"frame_skip": 1}}, "keyword argument frame_skip"),
+        ({"id": "Pendulum-v1", "kwargs": ["g"]}, "no dictionary"),
+        ({"id": "Pendulum-v1", "kwargs": {"disable_env_checker": True}}, "disable_env_checker"),
+        ({"id": "Pendulum-v1", "max_episode_steps": 10**9}, "limit of 1000000000 steps"),
+        ({"id": "Pendulum-v1", "max_episode_steps": "5"}, "limit of 5 steps"),
+        ({"id": "Pendulum-v1", "kwargs": {"g": "heavy"}}, "Error"),
+        ({"id": "GymV26Environment-v0"}, "only environments of gymnasium"),
+        ({"id": "Pendulum-v1"}, "its observation space has 3 entries, not 5"),
+        ({"id": "Pendulum-v1", "wrappers": [WRAPPER | {"name": "system"}]}, "wrapped in system"),
+        ({"id": "Pendulum-v1", "wrappers": [WRAPPER | {"name": "\x1b[2J"}]}, "wrapped in  "),
+    ],
+)
+def test_environments_that_a_set_names_are_built_only_if_harmless(hostile, spec, reason, capsys):
+    hostile(env_spec=spec_of(**spec))
+    task = data.load("minari:toy/dict-v0")  # the log itself is fine
+    assert task.simulator is None
+    said = capsys.readouterr().err
+    assert re.search(reason, said) and "\x1b" not in said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_drawn_and_harmless_wrappers_are_left_off(hostile, capsys):
+    from gymnasium import spaces
+    from minari.serialization import serialize_space
+
+    limit = {"name": "TimeLimit", "kwargs": {"max_episode_steps": 3}}
+    wrappers = [WRAPPER, WRAPPER | limit]
+    kwargs = {"render_mode": "human", "g": 5.0}
+    box = lambda n: serialize_space(spaces.Box(-2.0, 2.0, (n,)))
+    hostile(
+        env_spec=spec_of(id="Pendulum-v1", wrappers=wrappers, kwargs=kwargs),
+        observation_space=box(3), action_space=box(1),
+    )  # fmt: skip
+    make = minari_environment(open_minari("toy/dict-v0"))
+    env = make()
+    assert env.render_mode is None and env.unwrapped.g == 5.0
+    assert env.spec.max_episode_steps == 3 and not capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"total_episodes": 10**9}, "declares 1000000000 episodes and holds 2"),
+        ({"total_episodes": "2"}, "declares 2 episodes"),
+        ({"total_episodes": -1}, "declares -1 episodes"),
+        ({"total_steps": 10**15}, "damaged|declares|readable"),
+        ({"env_spec": 5}, "no readable data set"),
+        ({"env_spec": "[]"}, "no readable data set"),
+        ({"data_format": "pickle"}, "no readable data set"),
+        ({"action_space": "{}"}, "no readable data set"),
+    ],
+)
+def test_metadata_that_cannot_be_is_one_line(hostile, changes, message):
+    hostile(**changes)
+    with pytest.raises(UserError, match=message):
+        data.load("minari:toy/dict-v0")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_set_never_reads_outside_its_own_files(minari_set, tmp_path):
+    folder = tmp_path / "minari/toy/dict-v0/data"
+    os.mkfifo(tmp_path / "pipe")
+    with h5py.File(folder / "main_data.hdf5", "r+") as f:
+        del f["episode_1/rewards"]
+        f["episode_1/rewards"] = h5py.ExternalLink(str(tmp_path / "pipe"), "rewards")
+    with pytest.raises(UserError, match="link, which is not followed"):
+        data.load("minari:toy/dict-v0")  # a pipe without a writer would wait for ever
+    (folder / "metadata.json").unlink()
+    os.mkfifo(folder / "metadata.json")
+    with pytest.raises(UserError, match="metadata.json is not a plain file"):
+        data.load("minari:toy/dict-v0")
+    (folder / "metadata.json").unlink()
+    (folder / "metadata.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="no readable data set"):
+        data.load("minari:toy/dict-v0")
