@@ -525,10 +525,8 @@ def read_states(path: Path | None, rows: np.ndarray) -> tuple[np.ndarray, np.nda
     if path is None or path.suffix == ".npz":
         return None
     with require("h5py", "h5py").File(path, "r") as f:
-        if "infos/qpos" not in f or "infos/qvel" not in f:
-            return None
         qpos, qvel = (own_dataset(f, key) for key in ("infos/qpos", "infos/qvel"))
-        return qpos[rows], qvel[rows]
+        return None if qpos is None or qvel is None else (qpos[rows], qvel[rows])
 
 
 # --- Command line ---

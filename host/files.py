@@ -153,10 +153,7 @@ def read_arrays(
 def _read_hdf5(path: Path, names: tuple[str, ...], optional: tuple[str, ...]) -> dict:
     h5py = require("h5py", "h5py")
     with h5py.File(path, "r") as f:
-        found = {}
-        for name in names:
-            if isinstance(f.get(name), h5py.Dataset):
-                found[name] = own_dataset(f, name)
+        found = {name: x for name in names if (x := own_dataset(f, name)) is not None}
         _check_headers(
             path, {name: (x.dtype, x.shape) for name, x in found.items()}, names, optional
         )
@@ -169,30 +166,52 @@ def _read_hdf5(path: Path, names: tuple[str, ...], optional: tuple[str, ...]) ->
 
 
 def own_dataset(f, name: str):
-    """An open h5py.File -> its data set `name`. Raises UserError if the data lie in another file,
-    through a link, as raw data or as a virtual data set."""
-    x = f[name]
-    if x.file.filename != f.filename or x.external or x.is_virtual:
+    """An open h5py.File -> its data set `name`, or None if there is none. Raises UserError if the
+    data lie in another file, through a link, as raw data or as a virtual data set. A link is never
+    opened, since it may lead to a pipe that nobody writes to."""
+    h5py, at = require("h5py", "h5py"), f
+    for part in name.split("/"):
+        link = (
+            at.get(part, getlink=True) if isinstance(at, h5py.Group) and part in at.keys() else None
+        )
+        if link is None:
+            return None
+        if not isinstance(link, h5py.HardLink):
+            raise UserError(
+                f"{f.filename}: {name} is a link, perhaps to another file, which is not followed"
+            )
+        at = at[part]
+    if not isinstance(at, h5py.Dataset):
+        return None
+    if at.external or at.is_virtual:
         raise UserError(f"{f.filename}: {name} lies in another file, which is not followed")
-    return x
+    return at
 
 
 def _read_npz(path: Path, names: tuple[str, ...], optional: tuple[str, ...]) -> dict:
-    headers = {}
+    """Each array is checked and read from the one entry NAME.npy, which numpy.load would not always
+    choose."""
     with zipfile.ZipFile(path) as z:
-        for name in names:
-            if f"{name}.npy" in z.namelist():
-                with z.open(f"{name}.npy") as f:
-                    version = np.lib.format.read_magic(f)
-                    read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-                        version, np.lib.format.read_array_header_2_0
-                    )
-                    shape, _, dtype = read(f)
-                    headers[name] = dtype, shape
-    _check_headers(path, headers, names, optional)
-    with np.load(path, allow_pickle=False) as z, np.errstate(over="ignore"):
-        as_is = lambda x: x if x.dtype == bool else x.astype(np.float32, copy=False)
-        return {name: as_is(z[name]) for name in headers}
+        entries = {name: f"{name}.npy" for name in names if f"{name}.npy" in z.namelist()}
+        headers = {name: _npy_header(z, entry) for name, entry in entries.items()}
+        _check_headers(path, headers, names, optional)
+        arrays = {}
+        with np.errstate(over="ignore"):
+            for name, entry in entries.items():
+                with z.open(entry) as f:
+                    x = np.lib.format.read_array(f, allow_pickle=False)
+                arrays[name] = x if x.dtype == bool else x.astype(np.float32, copy=False)
+        return arrays
+
+
+def _npy_header(z: zipfile.ZipFile, entry: str) -> tuple[np.dtype, tuple]:
+    """An entry of an npz file -> dtype and shape, without the numbers."""
+    with z.open(entry) as f:
+        version = np.lib.format.read_magic(f)
+        read = np.lib.format.read_array_header_2_0
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else read
+        shape, _, dtype = read(f)
+    return dtype, shape
 
 
 def _check_headers(

@@ -1,7 +1,9 @@
 """Files, checks, ends of episodes, bounds, names, scores and the command line."""
 
 import csv
+import io
 import os
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -134,6 +136,36 @@ def test_a_file_that_declares_far_more_than_it_holds_is_not_read(tmp_path, log):
             data.read_log(tmp_path / name)
 
 
+def test_an_npz_entry_is_checked_and_read_under_one_name(tmp_path, log):
+    """An entry `rewards` beside `rewards.npy`: numpy.load returns the first, unchecked."""
+    path = tmp_path / "a.npz"
+    np.savez(path, **log)
+    other = io.BytesIO()
+    np.lib.format.write_array(other, np.full(480, 7, "S3"))
+    with zipfile.ZipFile(path, "a") as z:
+        z.writestr("rewards", other.getvalue())
+        z.writestr("observations", b"no array")
+    back = data.read_log(path)
+    np.testing.assert_array_equal(back["rewards"], log["rewards"])
+    np.testing.assert_array_equal(back["observations"], log["observations"])
+
+
+def test_an_npz_entry_that_is_no_array_is_one_clear_line(tmp_path, log):
+    rewards = log.pop("rewards")
+    path = tmp_path / "a.npz"
+    for content in (b"no array", b"", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x09\x00abc"):
+        np.savez(path, **log)
+        with zipfile.ZipFile(path, "a") as z:
+            z.writestr("rewards.npy", content)
+        with pytest.raises(UserError, match="cannot be read as npz"):
+            data.read_log(path)
+    np.savez(path, **log)
+    with zipfile.ZipFile(path, "a") as z:  # the name without its suffix is not an array's
+        z.writestr("rewards", rewards.tobytes())
+    with pytest.raises(UserError, match="has no rewards"):
+        data.read_log(path)
+
+
 def test_links_into_other_files_are_not_followed(tmp_path, log):
     write_hdf5(tmp_path / "other.hdf5", log)
     with h5py.File(write_hdf5(tmp_path / "a.hdf5", log), "r+") as f:
@@ -153,7 +185,11 @@ def test_links_into_other_files_are_not_followed(tmp_path, log):
         layout = h5py.VirtualLayout((480,), "f4")
         layout[:] = h5py.VirtualSource(str(tmp_path / "other.hdf5"), "rewards", shape=(480,))
         f.create_virtual_dataset("rewards", layout)
-    for name in ("a.hdf5", "b.hdf5", "c.hdf5", "d.hdf5"):
+    os.mkfifo(tmp_path / "pipe")  # opening it waits for a writer, for ever
+    with h5py.File(write_hdf5(tmp_path / "e.hdf5", log), "r+") as f:
+        del f["rewards"]
+        f["rewards"] = h5py.ExternalLink(str(tmp_path / "pipe"), "rewards")
+    for name in ("a.hdf5", "b.hdf5", "c.hdf5", "d.hdf5", "e.hdf5"):
         with pytest.raises(UserError, match="another file, which is not followed"):
             data.read_log(tmp_path / name)
 
