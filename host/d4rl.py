@@ -19,7 +19,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from host.errors import UserError
-from host.files import make_folder, require
+from host.files import DAMAGE, atomic_file, make_folder, own_dataset, require, say
 
 REGISTRY = Path(__file__).resolve().parent / "d4rl_registry.csv"
 STALL = 20.0  # seconds without a byte before the connection is given up and opened again
@@ -71,33 +71,82 @@ def download(file: D4rlFile, mirror: str | None = None) -> tuple[Path, str]:
     """Fetch the file unless it is in the cache folder -> (path, a phrase that says what was
     checked).
 
-    mirror, or $PGD_MIRROR: the address of a folder that holds D4RL's files under their own names.
-    An interrupted download resumes where it stopped. A lock keeps two processes from fetching the
-    same file at once. The file gets its final name only when its size and SHA-256 agree with the
-    registry; an unknown size or hash is not checked. Raises Unreachable if the host does not send
-    the file, and UserError if it sends a wrong one or if the cached file is a wrong one.
+    mirror, or $PGD_MIRROR: addresses of folders that hold D4RL's files under their own names,
+    separated by blanks. They are tried first, then D4RL's own host. An interrupted download resumes
+    where it stopped. A lock keeps two processes from fetching the same file at once. The file gets
+    its final name only when it opens as a log and its size and SHA-256 agree with the registry. A
+    hash that the registry lacks is recorded in NAME.sha256 beside the file and holds from then on.
+    Raises Unreachable if no host sends the file, and UserError if a host sends a wrong one or if
+    the cached file is a wrong one.
     """
     path = d4rl_path(file)
-    verified = "SHA-256 verified" if file.sha256 else "no hash known"
-    part = path.with_name(path.name + ".part")
+    part, record = (path.with_name(path.name + suffix) for suffix in (".part", ".sha256"))
     if not path.is_file():
-        mirror = mirror or os.environ.get("PGD_MIRROR")
-        url = f"{mirror.rstrip('/')}/{path.name}" if mirror else file.url
         make_folder(path.parent, "D4RL_DATASET_DIR")
         with open(part, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process that fetches the same file
             if not path.is_file():
                 part.touch()
-                _fetch_verified(file, url, part, path)
-                return path, verified
-    if problem := _problem(path, file.size, file.sha256):
-        raise UserError(f"{path} is not D4RL's file: {problem}; remove it and run again")
-    return path, verified
+                urls = _sources(file, mirror or os.environ.get("PGD_MIRROR", ""))
+                url = _fetch_first(file, urls, part, path)
+                if not file.sha256:
+                    _record(record, path, url)
+                return path, "SHA-256 verified" if file.sha256 else "SHA-256 recorded"
+    recorded = "" if file.sha256 or not record.is_file() else record.read_text()[:64]
+    if problem := _problem(path, file.size, file.sha256 or recorded):
+        raise UserError(
+            f"{path} is not the file that was fetched: {problem}; remove it and run again"
+            if recorded
+            else f"{path} is not D4RL's file: {problem}; remove it and run again"
+        )
+    if recorded:
+        return path, "SHA-256 as recorded when it was fetched"
+    return path, "SHA-256 verified" if file.sha256 else "no hash known"
+
+
+def _sources(file: D4rlFile, mirrors: str) -> list[str]:
+    """-> addresses of the file, in the order in which they are tried."""
+    urls = [f"{folder.rstrip('/')}/{d4rl_path(file).name}" for folder in mirrors.split()]
+    if file.url.startswith("http://"):
+        urls.append(file.url.replace("http://", "https://", 1))
+    return [*urls, file.url]
+
+
+def _fetch_first(file: D4rlFile, urls: list[str], part: Path, path: Path) -> str:
+    """Fetch the file from the first of the addresses that sends it -> that address. Raises
+    Unreachable if none does."""
+    reasons = {}
+    for url in urls:
+        try:
+            _fetch_verified(file, url, part, path)
+            return url
+        except Unreachable as e:
+            host = url.split("/")[2] if "//" in url else repr(url)
+            reasons[host] = str(e)
+            if not file.sha256 and part.exists() and len(urls) > 1:
+                part.write_bytes(b"")  # without a hash, halves of two hosts cannot be told apart
+            part.touch()
+    if not part.stat().st_size:
+        part.unlink()
+    said = ", ".join(f"{host} ({reason})" for host, reason in reasons.items())
+    raise Unreachable(f"{file.name} cannot be fetched from {said}")
+
+
+def _record(record: Path, path: Path, url: str) -> None:
+    """Write the hash of a file that the registry has no hash of, and say so."""
+    digest = _sha256(path)
+    with atomic_file(record) as f:
+        f.write(f"{digest}  {path.name}\n".encode())
+    how = "" if url.startswith("https:") else ", and the connection was not encrypted"
+    say(
+        f"{path.name}: nobody has published its SHA-256{how}; {digest[:16]}... is recorded in "
+        f"{record.name} and checked from now on"
+    )
 
 
 def _fetch_verified(file: D4rlFile, url: str, part: Path, path: Path) -> None:
     """Fetch `url` into `part`, check it, and rename it to `path`; a failed try is repeated as long
-    as the last one brought new bytes."""
+    as the last one brought new bytes. Raises Unreachable with the reason."""
     while True:
         before = part.stat().st_size
         try:
@@ -112,11 +161,7 @@ def _fetch_verified(file: D4rlFile, url: str, part: Path, path: Path) -> None:
             if part.stat().st_size > before:
                 time.sleep(0.5)
                 continue
-            if not part.stat().st_size:
-                part.unlink()
-            host = url.split("/")[2] if "//" in url else repr(url)
-            reason = " ".join(str(getattr(e, "reason", None) or e).split())
-            raise Unreachable(f"{file.name} cannot be fetched from {host} ({reason})") from e
+            raise Unreachable(" ".join(str(getattr(e, "reason", None) or e).split())) from e
     if problem := _problem(part, file.size, file.sha256):
         part.unlink()
         raise UserError(
@@ -133,8 +178,24 @@ def _problem(path: Path, size: int, sha256: str) -> str | None:
         return f"{path.stat().st_size:,} bytes instead of {size:,}"
     if sha256 and _sha256(path) != sha256:
         return "its SHA-256 is not the registry's"
-    if not require("h5py", "h5py").is_hdf5(path):
+    return _not_a_log(path)
+
+
+def _not_a_log(path: Path) -> str | None:
+    """A phrase that says why the file does not open as a log, cut short or of another kind; None if
+    it does."""
+    h5py = require("h5py", "h5py")
+    if not h5py.is_hdf5(path):
         return "not HDF5"
+    try:
+        with h5py.File(path, "r", locking=False) as f:  # download() holds a lock
+            arrays = [own_dataset(f, name) for name in ("observations", "actions", "rewards")]
+            if any(x is None or not x.shape or not x.shape[0] for x in arrays):
+                return "no log: it lacks observations, actions or rewards"
+            for x in arrays:
+                _ = x[0], x[-1]
+    except DAMAGE as e:
+        return f"cut short or damaged ({' '.join(str(e).split())[:80]})"
     return None
 
 

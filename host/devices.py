@@ -6,12 +6,18 @@ from pathlib import Path
 import jax
 
 from host.errors import UserError
+from host.files import say
 
 
 def enable_cache(folder: Path) -> None:
-    """Keep compiled programs in this folder, unless JAX_COMPILATION_CACHE_DIR names another."""
+    """Keep compiled programs in this folder, unless JAX_COMPILATION_CACHE_DIR names another. They
+    are native code, so a folder that others can write to is not used."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds native code
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            say(f"{folder} can be written by others, so compiled programs are not kept; chmod 700")
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

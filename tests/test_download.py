@@ -197,15 +197,59 @@ def test_wrong_content_is_one_clear_line_and_leaves_nothing(served, fault, messa
     assert "\n" not in str(e.value) and left(file) == []
 
 
-def test_without_size_and_hash_what_is_not_hdf5_is_refused(served):
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda content: b"certainly not HDF5" * 100, "not HDF5"),
+        (lambda content: content[:-3000], "cut short or damaged"),
+        (lambda content: b"", "not HDF5"),
+    ],
+)
+def test_without_size_and_hash_only_a_log_gets_its_name(served, spoil, message):
     file, handler, content = served
     file = file._replace(size=0, sha256="")
-    assert d4rl.download(file)[1] == "no hash known"
-    d4rl.d4rl_path(file).unlink()
-    handler.content = b"certainly not HDF5" * 100
-    with pytest.raises(UserError, match="not HDF5"):
+    handler.content = spoil(content)
+    with pytest.raises(UserError, match=message):
         d4rl.download(file)
     assert left(file) == []
+
+
+def test_without_size_and_hash_another_hdf5_file_is_refused(served, tmp_path, log):
+    file, handler, _ = served
+    log.pop("actions")
+    handler.content = write_hdf5(tmp_path / "other.hdf5", log).read_bytes()
+    with pytest.raises(UserError, match="it lacks observations, actions or rewards"):
+        d4rl.download(file._replace(size=0, sha256=""))
+    assert left(file) == []
+
+
+def test_a_hash_that_nobody_published_is_recorded_and_holds(served, capsys):
+    file, _, content = served
+    file = file._replace(size=0, sha256="")
+    path, checked = d4rl.download(file)
+    digest = hashlib.sha256(content).hexdigest()
+    assert checked == "SHA-256 recorded" and left(file) == ["toy.hdf5", "toy.hdf5.sha256"]
+    assert (path.parent / "toy.hdf5.sha256").read_text() == f"{digest}  toy.hdf5\n"
+    said = capsys.readouterr().err
+    assert digest[:16] in said and "not encrypted" in said
+    assert d4rl.download(file)[1] == "SHA-256 as recorded when it was fetched"
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="not the file that was fetched"):
+        d4rl.download(file)
+
+
+def test_a_plain_address_is_tried_encrypted_first():
+    file = d4rl.D4rlFile("toy-v2", "http://a.invalid/b/toy.hdf5", 0, "", (0.0, 1.0), 40)
+    assert d4rl._sources(file, "") == [
+        "https://a.invalid/b/toy.hdf5",
+        "http://a.invalid/b/toy.hdf5",
+    ]
+    assert d4rl._sources(file, "https://one/x/ http://two")[:2] == [
+        "https://one/x/toy.hdf5",
+        "http://two/toy.hdf5",
+    ]
+    for known in d4rl.read_registry().values():
+        assert d4rl._sources(known, "")[0].startswith("https://")
 
 
 @pytest.mark.parametrize("fault", ["not found", "redirects for ever"])
@@ -232,6 +276,8 @@ def test_a_mirror_by_flag_or_by_environment(served, monkeypatch):
     path.unlink()
     with pytest.raises(d4rl.Unreachable, match="no-address"):
         d4rl.download(file, mirror="no-address")
+    d4rl.download(file, mirror=f"http://127.0.0.1:9/gone {host}/second")
+    assert handler.asked[-1] == ("/second/toy.hdf5", 0)
 
 
 def test_two_at_once_fetch_once(served):
