@@ -9,11 +9,10 @@ import dataclasses
 import functools
 import importlib
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from host.errors import UserError
 from host.files import say
 from host.flags import Flags
 from host.progress import Progress, summary
+from host.signals import leave, leave_on_signals, signals
 
 # --- Open a session: everything that a run needs, built from its flags ---
 
@@ -251,6 +251,9 @@ class Recorder:
     def restore(self, state: pgd.State) -> tuple[int, pgd.State]:
         """-> (chunks of the fit that are done, state): the last checkpoint, or the beginning."""
         self.fitted, state = self.folder.restore(state)
+        self.folder.check_diverged("start it again with other settings")
+        if self.folder.history:  # a kill may have torn the last line
+            self.folder.write_metrics()
         path = self.session.flags.job.denoiser
         if path and self.fitted == 0:
             path, layout = Path(path), self.session.layout
@@ -272,9 +275,7 @@ class Recorder:
         seconds[name] = seconds.get(name, 0.0) + now - self.clock
         if stage == "fit":
             self.fitted = done
-            if not np.isfinite(metrics["loss"]).all():
-                flag = "--fit-lr" if "diff" in self.session.flags.job.synthetic else "--model-lr"
-                raise UserError(f"the loss of the fit is not finite; lower {flag}")
+            self.check_fit(done, np.ravel(metrics["loss"]))
         elif fused:
             self.fused_rounds(state, metrics)
         else:
@@ -282,15 +283,28 @@ class Recorder:
             self.log(done - 1, metrics)
         self.progress(stage, done, total, summary(metrics))
         last = stage == "rounds" and done == total
-        self.folder.save(self.fitted, state, force=last)
+        self.folder.save(self.fitted, state, force=last or bool(signals.wanted))
+        if signals.wanted:
+            leave(signals.wanted, f"interrupted and saved; --resume {self.folder.path} continues")
+        signals.can_wait = not last
         self.clock = time.monotonic()
+
+    def check_fit(self, chunk: int, loss: np.ndarray) -> None:
+        """Mark the runs whose model has diverged; loss (M,), one of each model."""
+        model_of = np.asarray(self.session.layout.runs.model_of)
+        for i in np.flatnonzero(~np.isfinite(loss)[model_of]):
+            self.folder.mark_diverged(int(i), f"the loss of the fit is not finite in chunk {chunk}")
+        flag = "--fit-lr" if "diff" in self.session.flags.job.synthetic else "--model-lr"
+        self.folder.check_diverged(f"lower {flag}")
 
     def evaluated(self, index: int, state: pgd.State, metrics: dict) -> dict:
         """Metrics of a round -> the same with the returns of its agents."""
         if self.session.evaluate is None:
             return metrics
         with self.folder.timed("evaluate"):
-            return metrics | {"return": self.session.evaluate(index, state.agent)}
+            returns = self.session.evaluate(index, state.agent)
+        sound = np.asarray(state.round) >= 0
+        return metrics | {"return": np.where(sound, returns, np.nan)}
 
     def fused_rounds(self, state: pgd.State, metrics: dict) -> None:
         """Log the rounds of a fused run; a simulator on the host judges the last one alone."""
@@ -326,13 +340,11 @@ def start(given: Flags) -> tuple[Session, run_folder.RunFolder]:
         fitted.check(given, from_saved(saved, path / "config.json"), path)
         if of_models != task.fingerprint:
             raise UserError(f"the models in {path} were fitted on another log than {task.source}")
-    if fingerprint not in (None, task.fingerprint):
+    if job.resume and fingerprint != task.fingerprint:
         raise UserError(f"the run was trained on another log than {task.source}")
     labels = session.layout.labels
     if job.resume:
-        folder = run_folder.RunFolder(path, labels)
-        for part in path.rglob(".*.part"):  # left by a kill
-            part.unlink()
+        folder = run_folder.reopen(path, labels)
     else:
         names = task.name, config.agent, job.synthetic, config.seed
         path = Path(job.out) if job.out else run_folder.new_path(*names)
@@ -361,11 +373,16 @@ def reopen(given: Flags) -> tuple[Flags, str]:
     saved, fingerprint = run_folder.read_config(path)
     old = from_saved(saved, path / "config.json")
     here = {name: getattr(given.job, name) for name in (*flags.HERE_ONLY, "resume")}
+    # A folder that came from elsewhere names no place to write to: only the command line does
+    here |= {"export": given.job.export}
     if given.job.export:
-        here |= {"export": given.job.export, "export_steps": given.job.export_steps}
-    elif (path / "final.json").exists():  # it has exported already
-        here["export"] = None
-    return old._replace(job=dataclasses.replace(old.job, **here)), fingerprint
+        here |= {"export_steps": given.job.export_steps}
+    elif old.job.export and not (path / "final.json").exists():
+        say(f"note: the run began with --export {old.job.export}; give --export again to write it")
+    config = old.config
+    if given.config.dataset_path:  # the log has moved
+        config = dataclasses.replace(config, dataset_path=given.config.dataset_path)
+    return old._replace(config=config, job=dataclasses.replace(old.job, **here)), fingerprint
 
 
 def from_saved(saved: dict, path: Path) -> Flags:
@@ -396,18 +413,19 @@ def notes(session: Session) -> None:
 def run_here(given: Flags) -> dict:
     """One whole run -> the content of final.json. Raises UserError for a user's mistake."""
     session, folder = start(given)
-    try:
-        done = train(session, folder)
-    except UserError:
-        if not given.job.resume:
-            folder.remove_if_empty()
-        raise
-    validation = validate(session, done)
-    written = export_all(session, done) if session.flags.job.export else []
-    final = finish(session, folder, validation)
-    for target in written:
-        print(f"exported: {target}")
-    return final
+    with contextlib.closing(folder):
+        try:
+            done = train(session, folder)
+        except UserError:
+            if not given.job.resume:
+                folder.remove_if_empty()
+            raise
+        validation = validate(session, done)
+        written = export_all(session, done) if session.flags.job.export else []
+        final = finish(session, folder, validation)
+        for target in written:
+            print(f"exported: {target}")
+        return final
 
 
 def validate(session: Session, done: Finished) -> dict[str, np.ndarray]:
@@ -434,7 +452,8 @@ def describe(session: Session) -> run_folder.About:
 
 def finish(session: Session, folder: run_folder.RunFolder, validation: dict) -> dict:
     """Write final.json and the figures, and print the table -> the content of final.json."""
-    final = run_folder.summarise(folder.history, folder.labels, describe(session), validation)
+    about, lost = describe(session), folder.diverged
+    final = run_folder.summarise(folder.history, folder.labels, about, validation, lost)
     return write_results(folder, final)
 
 
@@ -463,6 +482,7 @@ def export_all(session: Session, done: Finished) -> list[str]:
     job, config, dataset = session.flags.job, session.flags.config, session.dataset
     seeds = range(config.seed, config.seed + config.num_seeds)
     length = session.make_generator(config).length
+    sound = np.asarray(done.state.round) >= 0  # runs that have not diverged
     generate = jax.jit(done.program.generate)
     logs, rows, state = [[] for _ in seeds], 0, done.state
     with tqdm(total=job.export_steps, desc="export", unit=" steps", disable=None) as bar:
@@ -471,11 +491,13 @@ def export_all(session: Session, done: Finished) -> list[str]:
             for i, parts in enumerate(logs):
                 one = jax.tree.map(lambda x, i=i: x[i], made)
                 parts.append(transitions_to_log(one, length, dataset))
-            rows = min(sum(len(part["rewards"]) for part in parts) for parts in logs)
+            rows = min(
+                sum(len(part["rewards"]) for part in parts) for parts in compress(logs, sound)
+            )
             state = state._replace(round=state.round + 1)  # other keys
             bar.update(min(rows, job.export_steps) - bar.n)
     written = []
-    for seed, parts in zip(seeds, logs):
+    for seed, parts in compress(zip(seeds, logs), sound):
         log = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         target = export.export_target(job.export, seed, len(seeds))
         export.export(target, log, session.task, provenance(session, seed))
@@ -557,20 +579,22 @@ def run_on_hosts(given: Flags) -> dict:
     own = {
         "labels": folder.labels,
         "history": folder.history,
+        "diverged": list(folder.diverged.items()),
         "seconds": folder.seconds,
         "validation": {k: v.tolist() for k, v in validation.items()},
     }
     every = hosts.gather(own)
     for i, said in enumerate(every):
         if "error" in said:
+            finish(session, folder, validation)  # the others' work is not lost
             raise UserError(f"host {i} stopped: {said['error']}")
     return finish_with_others(session, folder, validation, every, index)
 
 
 def finish_with_others(session: Session, folder, validation, every: list[dict], index: int) -> dict:
     """This host's results into its folder; host 0 puts those of all hosts beside the folders."""
-    about = describe(session)
-    final = run_folder.summarise(folder.history, folder.labels, about, validation)
+    about, lost = describe(session), folder.diverged
+    final = run_folder.summarise(folder.history, folder.labels, about, validation, lost)
     final = write_results(folder, final, quiet=True)
     if index != 0:
         print(f"saved: {folder.path}/; host 0 has the table of all")
@@ -584,6 +608,8 @@ def finish_with_others(session: Session, folder, validation, every: list[dict], 
     rows = [row for host in every for row in host["history"]]
     whole.history = sorted(rows, key=lambda row: (row["round"], of(row)))
     for host in every:
+        for i, what in host["diverged"]:
+            whole.diverged[place[tuple(host["labels"][i].items())]] = what
         for stage, seconds in host["seconds"].items():
             whole.seconds[stage] = max(seconds, whole.seconds.get(stage, 0.0))
     found = {
@@ -597,7 +623,8 @@ def finish_with_others(session: Session, folder, validation, every: list[dict], 
     }
     whole.write_metrics()
     about = about._replace(denoisers=about.denoisers or "one per seed")
-    final = run_folder.summarise(whole.history, labels, about, all_validation)
+    lost = whole.diverged
+    final = run_folder.summarise(whole.history, labels, about, all_validation, lost)
     return write_results(whole, final)
 
 
@@ -644,7 +671,7 @@ def load_run(path: str | Path) -> Loaded:
     program = spread.spread(pgd.make_program(given.config, *make), session.layout, session.mesh)
     state = jax.jit(program.init)(session.layout.runs, session.dataset)
     _, state = run_folder.RunFolder(Path(path), session.layout.labels).restore(state)
-    if int(np.min(state.round)) < given.config.rounds:
+    if int(np.max(state.round)) < given.config.rounds:
         raise UserError(f"{path} is not a finished run; --resume {path} finishes it")
     return Loaded(session, program, state)
 
@@ -654,18 +681,21 @@ def load_run(path: str | Path) -> Loaded:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Exit status 0 is only for a finished run or --help, 2 for a user's mistake,
-    130 for Ctrl-C, and 141 where the reader of an unfinished run's output has gone."""
+    3 where some runs have diverged, 128 + N for signal N, such as 130 for Ctrl-C, and 141 where the
+    reader of an unfinished run's output has gone."""
     alone, argv = argv is None, sys.argv[1:] if argv is None else argv
     if alone:
-        leave_on_interrupt()
+        leave_on_signals()
     unfinished = False
     try:
         given = flags.parse(argv)
         unfinished = True
         devices.enable_cache(collect.cache_dir() / "compiled")
-        (run_on_hosts if given.job.distributed else run_here)(given)
+        final = (run_on_hosts if given.job.distributed else run_here)(given)
         unfinished = False
         sys.stdout.flush()
+        if final["diverged"]:
+            sys.exit(3)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141 if unfinished else 0)
@@ -674,25 +704,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def leave_on_interrupt() -> None:
-    """From now on Ctrl-C ends the process at once, with status 130.
-
-    A thread waits for it, because Python runs no signal handler while XLA compiles, and XLA may
-    crash on an orderly way out. Files are written whole or not at all, so that none is damaged.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # nohup, or a shell's background job
-        return
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-
-    def wait():
-        while os.read(read, 1) != bytes([signal.SIGINT]):
-            pass
-        os.write(2, b"\npgd.py: interrupted; --resume FOLDER continues a run\n")
-        os._exit(130)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -193,7 +193,7 @@ def _read_npz(path: Path, names: tuple[str, ...], optional: tuple[str, ...]) -> 
     choose."""
     with zipfile.ZipFile(path) as z:
         entries = {name: f"{name}.npy" for name in names if f"{name}.npy" in z.namelist()}
-        headers = {name: _npy_header(z, entry) for name, entry in entries.items()}
+        headers = {name: npy_header(z, entry) for name, entry in entries.items()}
         _check_headers(path, headers, names, optional)
         arrays = {}
         with np.errstate(over="ignore"):
@@ -204,7 +204,7 @@ def _read_npz(path: Path, names: tuple[str, ...], optional: tuple[str, ...]) -> 
         return arrays
 
 
-def _npy_header(z: zipfile.ZipFile, entry: str) -> tuple[np.dtype, tuple]:
+def npy_header(z: zipfile.ZipFile, entry: str) -> tuple[np.dtype, tuple]:
     """An entry of an npz file -> dtype and shape, without the numbers."""
     with z.open(entry) as f:
         version = np.lib.format.read_magic(f)

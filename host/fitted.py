@@ -54,17 +54,18 @@ def take(
     index = np.array([list(there).index(label) for label in wanted])
     with run_folder.read_checkpoint(checkpoint) as (about, arrays):
         done = int(about["fitted"])
-    if done < num_chunks and not np.all(arrays[".round"] > 0):  # a fused run counts no chunks
-        raise UserError(f"the fit in {path} is not finished; --resume {path} finishes it")
+        if done < num_chunks and not np.max(arrays[".round"]) > 0:  # a fused run counts no chunks
+            raise UserError(f"the fit in {path} is not finished; --resume {path} finishes it")
+        if any("the fit" in what for _, what in about["diverged"]):
+            raise UserError(f"a model in {path} has diverged; fit it again with a lower --fit-lr")
 
-    def leaf(name: str, like: Any):
-        x = arrays.get(f".model{name}")
-        if x is not None:
-            x = x[None] if len(there) == 1 else x
-            x = x[index[0]] if len(wanted) == 1 else x[index]
-        if x is None or (x.shape, x.dtype) != (like.shape, like.dtype):
-            raise UserError(f"the models in {path} are of another kind ({name} differs)")
-        return jax.device_put(x, like.sharding)
+        def leaf(name: str, like: Any):
+            name, one = f".model{name}", like.shape[1:] if len(wanted) > 1 else like.shape
+            stored = (len(there), *one) if len(there) > 1 else one
+            if arrays.header(name) != (stored, like.dtype):
+                raise UserError(f"the models in {path} are of another kind ({name} differs)")
+            x = arrays[name] if len(there) > 1 else arrays[name][None]
+            return jax.device_put(x[index] if len(wanted) > 1 else x[index[0]], like.sharding)
 
-    leaves = [leaf(*item) for item in run_folder.named_leaves(state.model)]
+        leaves = [leaf(*item) for item in run_folder.named_leaves(state.model)]
     return state._replace(model=jax.tree.unflatten(jax.tree.structure(state.model), leaves))

@@ -233,7 +233,7 @@ def shown(value: Any) -> str:
 
 
 HERE_ONLY = ("devices", "distributed", "coordinator", "num_hosts", "host")  # not part of a run
-WITH_RESUME = {"resume", "export", "export_steps", *HERE_ONLY}
+WITH_RESUME = {"resume", "export", "export_steps", "dataset_path", *HERE_ONLY}
 
 
 def parse(argv: Sequence[str]) -> Flags:
@@ -249,7 +249,8 @@ def parse(argv: Sequence[str]) -> Flags:
         wrong = dashed(sorted(set(given) - WITH_RESUME)[0])
         raise UserError(
             f"--resume takes no {wrong}: a run continues under its own settings; only --export, "
-            "--export-steps, --devices and the flags of the hosts may change"
+            "--export-steps, --dataset-path of a log that has moved, --devices and the flags of "
+            "the hosts may change"
         )
     name = given.get("env") or ("" if "dataset_path" in given else DEFAULT_ENV)
     entry = data.resolve(name) if name else None

@@ -61,8 +61,9 @@ def duration(seconds: float) -> str:
 
 
 def summary(metrics: dict[str, np.ndarray]) -> str:
-    """Metrics of a chunk -> the one to show, a mean over runs."""
+    """Metrics of a chunk -> the one to show, a mean over the runs that have
+    not diverged."""
     name = next((n for n in ("return", "loss", "log_prob_real") if n in metrics), None)
     if name is None:
         return ""
-    return f"{name.replace('_', ' ')} {np.mean(metrics[name]):.{1 if name == 'return' else 3}f}"
+    return f"{name.replace('_', ' ')} {np.nanmean(metrics[name]):.{1 if name == 'return' else 3}f}"

@@ -1,10 +1,14 @@
 """A run's folder: config.json, checkpoint/state.npz, metrics.csv, final.json and the figures.
 
-Every file is written beside its place and renamed, so that a kill leaves the last good one.
+Every file but metrics.csv is written beside its place and renamed, so that a kill leaves the last
+good one. metrics.csv grows by a line per run and round; a resumed run writes it again from the
+checkpoint. One process at a time has a folder.
 """
 
 import contextlib
 import csv
+import errno
+import fcntl
 import importlib.metadata
 import io
 import json
@@ -14,7 +18,6 @@ import re
 import subprocess
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,23 +27,36 @@ import numpy as np
 from scipy.special import stdtrit
 
 from host.errors import UserError
-from host.files import atomic_file
+from host.files import atomic_file, atomic_path, npy_header, say
 
 PACKAGES = ("jax", "jaxlib", "optax", "chex", "gymnax", "gymnasium", "mujoco", "numpy")
 DATASET = ("mean", "std", "action_low", "action_high")  # fields that a policy needs
+STATE, PREVIOUS, LOCK = "state.npz", "state.previous.npz", ".lock"
+OF_THE_MACHINE = (  # settings that may change when a run goes on
+    "out", "resume", "export", "export_steps", "devices", "distributed", "coordinator", "num_hosts",
+    "host", "dataset_path", "denoiser",
+)  # fmt: skip
+OWN = ("config.json", "metrics.csv", "final.json", "curve.png", "sweep.png", STATE)
 
 
 class RunFolder:
     """A run's folder, new or of an earlier start."""
 
-    def __init__(self, path: Path, labels: list[dict]):
-        """labels: the swept settings and the seed of each run."""
-        self.path, self.labels = path, labels
+    def __init__(self, path: Path, labels: list[dict], lock: Any = None):
+        """labels: the swept settings and the seed of each run; lock: of lock_folder()."""
+        self.path, self.labels, self._lock = path, labels, lock
         self.history: list[dict] = []  # a row per round and run
+        self.diverged: dict[int, str] = {}  # index of each run that has diverged -> where and what
         self.seconds: dict[str, float] = {}  # wall time per stage
         self.notes: dict[str, np.ndarray] = {}  # arrays that go into every checkpoint
         self._saved, self._save_cost = time.monotonic(), 0.0
         self._save_every = save_every()
+        self._columns: list[str] = []  # of metrics.csv, as far as it is written
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock:
+            self._lock.close()
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -54,7 +70,7 @@ class RunFolder:
     # --- Checkpoint: one npz of arrays, no pickle ---
 
     def save(self, fitted: int, state: Any, force: bool = False) -> None:
-        """Keep the state, after `fitted` chunks of the fit.
+        """Keep the state, after `fitted` chunks of the fit, and the checkpoint before it.
 
         Without force: at most every $PGD_SAVE_EVERY seconds and a twentieth of the time.
         """
@@ -63,76 +79,122 @@ class RunFolder:
             return
         leaves = {name: np.asarray(x) for name, x in named_leaves(state)}
         about = {"labels": self.labels, "history": self.history, "seconds": self.seconds}
-        about |= {"fitted": fitted}
-        with atomic_file(self.path / "checkpoint" / "state.npz") as f:
-            np.savez(f, about=np.array(json.dumps(about)), **self.notes, **leaves)
+        about |= {"fitted": fitted, "diverged": list(self.diverged.items())}
+        about |= {"of": identity(self.path)}
+        path, previous = (self.path / "checkpoint" / name for name in (STATE, PREVIOUS))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        with atomic_path(path) as part:
+            with open(part, "wb") as f:
+                np.savez(f, about=text, **self.notes, **leaves)
+            if path.exists():
+                previous.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a file system without hard links
+                    os.link(path, previous)
         self._saved = time.monotonic()
         self._save_cost = self._saved - start
 
     def restore(self, state: Any) -> tuple[int, Any]:
         """A new state -> (chunks of the fit that are done, the saved state), or (0, the new state)
-        where nothing was saved."""
-        path = self.path / "checkpoint" / "state.npz"
-        if not path.is_file():
+        where nothing was saved. Where the last checkpoint is damaged, the one before it counts."""
+        path, previous = (self.path / "checkpoint" / name for name in (STATE, PREVIOUS))
+        if not path.is_file() and not previous.is_file():
             return 0, state
+        try:
+            return self._restore(path, state)
+        except (Damaged, FileNotFoundError) as e:
+            if not previous.is_file():
+                raise
+            say(f"{e}; going on from the checkpoint before it")
+            return self._restore(previous, state)
+
+    def _restore(self, path: Path, state: Any) -> tuple[int, Any]:
         with read_checkpoint(path) as (about, arrays):
+            refuse_other_run(path, about.get("of"), identity(self.path))
             names, likes = zip(*named_leaves(state))
-            missing = [name for name in names if name not in arrays]
-            leaves = [arrays[name] for name in names if name in arrays]
+            for name, like in zip(names, likes):
+                if arrays.header(name) != (like.shape, like.dtype):
+                    raise UserError(
+                        f"{path} is of another version of this program ({name} differs); start the "
+                        "run again"
+                    )
+            leaves = [arrays[name] for name in names]
             self.history, self.seconds = about["history"], about["seconds"]
+            self.diverged = {int(i): str(what) for i, what in about["diverged"]}
             fitted = int(about["fitted"])
-        wrong = missing or [
-            name
-            for name, x, like in zip(names, leaves, likes)
-            if (x.shape, x.dtype) != (like.shape, like.dtype)
-        ]
-        if wrong:
-            raise UserError(
-                f"{path} is of another version of this program ({wrong[0]} differs); start the run "
-                "again"
-            )
+            if fitted < 0 or about["labels"] != self.labels:
+                raise ValueError("no such run")
         leaves = [jax.device_put(x, like.sharding) for x, like in zip(leaves, likes)]
         return fitted, jax.tree.unflatten(jax.tree.structure(state), leaves)
 
     def remove_if_empty(self) -> None:
         """Remove the folder where a run has failed before it left anything but config.json."""
-        if [x.name for x in self.path.iterdir()] == ["config.json"]:
-            (self.path / "config.json").unlink()
+        if {x.name for x in self.path.iterdir()} <= {"config.json", LOCK}:
+            for name in ("config.json", LOCK):
+                (self.path / name).unlink(missing_ok=True)
             self.path.rmdir()
 
     # --- Metrics ---
 
     def log(self, index: int, updates: int, metrics: dict, score: Callable) -> None:
-        """Add a row per run to metrics.csv.
+        """Add a row to metrics.csv for each run whose metrics are finite.
 
         index: the round; updates: the agent's updates so far; metrics: arrays (R,); score: returns
-        -> normalised scores, or None. Raises UserError for a metric that is not finite.
+        -> normalised scores, or None. Raises UserError where all runs have diverged.
         """
         if "return" in metrics and score(0.0) is not None:
             metrics = metrics | {"score": score(metrics["return"])}
-        for name, values in metrics.items():
-            if not np.isfinite(values).all():
-                label = self.labels[int(np.argmin(np.isfinite(values)))]
-                which = ", ".join(f"{key} {value}" for key, value in label.items())
-                raise UserError(
-                    f"{name} is not finite in round {index} of {which}: the agent or its denoiser "
-                    "has diverged; lower --hyper.lr, --fit-lr or --guidance"
-                )
         columns = {k: np.float64(v).ravel().round(6).tolist() for k, v in metrics.items()}
+        rows = []
         for i, label in enumerate(self.labels):
-            row = {"round": index, **label, "updates": updates}
-            self.history.append(row | {k: column[i] for k, column in columns.items()})
-        self.write_metrics()
+            wrong = [k for k, column in columns.items() if not np.isfinite(column[i])]
+            if wrong:
+                self.mark_diverged(i, f"{wrong[0]} is not finite in round {index}")
+            else:
+                row = {"round": index, **label, "updates": updates}
+                rows.append(row | {k: column[i] for k, column in columns.items()})
+        self.check_diverged("lower --hyper.lr, --fit-lr or --guidance")
+        self.history += rows
+        self.write_metrics(rows)
 
-    def write_metrics(self) -> None:
-        """Write metrics.csv from the history."""
-        names = list(dict.fromkeys(name for row in self.history for name in row))
+    def mark_diverged(self, i: int, what: str) -> None:
+        """Note once that run i has diverged, and say it."""
+        if i not in self.diverged:
+            self.diverged[i] = what
+            if len(self.labels) > 1:
+                say(f"{named(self.labels[i])} has diverged: {what}; the other runs go on")
+
+    def check_diverged(self, advice: str) -> None:
+        """Raise UserError where no run is left."""
+        if len(self.diverged) == len(self.labels):
+            raise UserError(f"{self.diverged[0]} of {named(self.labels[0])}: the agent or its "
+                            f"denoiser has diverged; {advice}")  # fmt: skip
+
+    def write_metrics(self, rows: list[dict] | None = None) -> None:
+        """Add rows to metrics.csv, or write it from the history."""
+        path = self.path / "metrics.csv"
+        names = list(dict.fromkeys(name for row in rows or [] for name in row))
+        more = self._columns and names == self._columns and path.exists()
+        if not more:
+            rows = self.history
+            names = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        with atomic_file(self.path / "metrics.csv") as f:
-            f.write(text.getvalue().encode())
+        if not more:
+            writer.writeheader()
+        writer.writerows(rows)
+        if more:
+            with open(path, "ab") as f:
+                f.write(text.getvalue().encode())
+        else:
+            with atomic_file(path) as f:
+                f.write(text.getvalue().encode())
+        self._columns = names
+
+
+def named(label: dict) -> str:
+    """A run's label -> a text such as "guidance 4, seed 0"."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in label.items())
 
 
 def named_leaves(state: Any) -> list[tuple[str, Any]]:
@@ -145,14 +207,73 @@ def named_leaves(state: Any) -> list[tuple[str, Any]]:
 
 
 def create(path: Path, config: dict, task, labels: list[dict]) -> RunFolder:
-    """Make a run's folder and its config.json. Raises UserError where the folder holds a run.
+    """Make a run's folder and its config.json. Raises UserError where the folder holds a run or
+    another process has it.
 
     config: every setting; task: a data.Task.
     """
-    refuse_existing(path)
-    log = {"name": task.name, "source": task.source, "fingerprint": task.fingerprint}
-    write_json(path / "config.json", {"config": config, "data": log, "versions": versions()})
-    return RunFolder(path, labels)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(path)
+    try:
+        refuse_existing(path)
+        log = {"name": task.name, "source": task.source, "fingerprint": task.fingerprint}
+        write_json(path / "config.json", {"config": config, "data": log, "versions": versions()})
+    except BaseException:
+        lock.close()
+        raise
+    return RunFolder(path, labels, lock)
+
+
+def reopen(path: Path, labels: list[dict]) -> RunFolder:
+    """The folder of a run that goes on; what a kill left of its own files is removed. Raises
+    UserError where another process has the folder."""
+    folder = RunFolder(path, labels, lock_folder(path))
+    for place in (path, path / "checkpoint"):
+        for part in place.glob(".*.part"):
+            if part.name[1:].rsplit(".", 2)[0] in OWN:
+                part.unlink(missing_ok=True)
+    return folder
+
+
+def lock_folder(path: Path):
+    """-> an open file, which keeps other processes out of the folder until it is closed. Raises
+    UserError where another process has the folder."""
+    lock = open(path / LOCK, "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.seek(0)
+        owner = lock.read(200) or "another process"
+        lock.close()
+        raise UserError(f"{path} is in use by {owner}; wait for it, or name another --out") from e
+    except OSError:  # a file system without locks
+        pass
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
+
+
+def identity(path: Path) -> dict:
+    """A run's folder -> the settings and the log's fingerprint, which bind a checkpoint to it."""
+    with readable(path / "config.json"):
+        about = json.loads((path / "config.json").read_text())
+        settings = {k: v for k, v in about["config"].items() if k not in OF_THE_MACHINE}
+        return {"config": settings, "fingerprint": about["data"]["fingerprint"]}
+
+
+def refuse_other_run(path: Path, of: dict | None, here: dict) -> None:
+    """Raise UserError where a checkpoint is not of the run in its folder, and name what differs."""
+    if of is None:
+        raise UserError(f"{path} is of another version of this program; start the run again")
+    if of["fingerprint"] != here["fingerprint"]:
+        raise UserError(f"{path} is of a run on another log than config.json says")
+    for name in sorted(set(of["config"]) | set(here["config"])):
+        if of["config"].get(name) != here["config"].get(name):
+            raise UserError(
+                f"{path} is of a run with {name} {of['config'].get(name)}, and config.json says "
+                f"{here['config'].get(name)}; restore config.json"
+            )
 
 
 def new_path(name: str, agent: str, synthetic: str, seed: int) -> Path:
@@ -185,21 +306,50 @@ def read_config(path: str | Path) -> tuple[dict, str]:
         return with_tuples(about["config"]), about["data"]["fingerprint"]
 
 
+class Damaged(UserError):
+    """A file cannot be read."""
+
+
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file raises into a UserError."""
-    damage = ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error
+    """Turn whatever a damaged file raises into Damaged."""
     try:
         yield
-    except damage as e:
-        raise UserError(f"{path} is damaged ({type(e).__name__}); start the run again") from e
+    except UserError:
+        raise
+    except Exception as e:  # zipfile, numpy and json raise errors of a dozen types
+        if getattr(e, "errno", None) not in (None, errno.EINVAL):  # the disk's, not the file's
+            raise
+        raise Damaged(f"{path} is damaged ({type(e).__name__}); start the run again") from e
+
+
+class Arrays(NamedTuple):
+    """The arrays of an open npz file, read when they are asked for."""
+
+    file: zipfile.ZipFile
+
+    def header(self, name: str) -> tuple[tuple, np.dtype] | None:
+        """-> (shape, dtype) of an array, or None if there is none."""
+        if f"{name}.npy" not in self.file.namelist():
+            return None
+        dtype, shape = npy_header(self.file, f"{name}.npy")
+        return shape, dtype
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with self.file.open(f"{name}.npy") as f:
+            return np.lib.format.read_array(f, allow_pickle=False)
 
 
 @contextlib.contextmanager
-def read_checkpoint(path: Path) -> Iterator[tuple[dict, dict]]:
-    """state.npz -> (its notes, its arrays by name)."""
-    with readable(path), np.load(path, allow_pickle=False) as z:
-        yield json.loads(str(z["about"])), {name: z[name] for name in z.files if name != "about"}
+def read_checkpoint(path: Path) -> Iterator[tuple[dict, Arrays]]:
+    """state.npz -> (its notes, its arrays by name). Raises Damaged, also for what the block makes
+    of a damaged file."""
+    with readable(path), zipfile.ZipFile(path) as z:
+        arrays = Arrays(z)
+        text = arrays["about"]
+        if text.dtype != np.uint8:
+            raise UserError(f"{path} is of another version of this program; start the run again")
+        yield json.loads(text.tobytes()), arrays
 
 
 def with_tuples(x: Any) -> Any:
@@ -300,24 +450,31 @@ class About(NamedTuple):
     hyper: dict
 
 
-def summarise(history: list[dict], labels: list[dict], about: About, validation: dict) -> dict:
+def summarise(
+    history: list[dict], labels: list[dict], about: About, validation: dict,
+    diverged: dict[int, str] | None = None,
+) -> dict:  # fmt: skip
     """Results of the last round, as final.json has them; of a sweep, those of each point.
 
-    validation: {metric: (R,)} of the models, on held-out episodes.
+    validation: {metric: (R,)} of the models, on held-out episodes. diverged: the index of each run
+    that has diverged -> what happened; those runs are in no mean.
     """
-    last = [
-        row | {k: float(v[i]) for k, v in validation.items()}
-        for i, row in enumerate(history[-len(labels) :])
-    ]
+    diverged = diverged or {}
+    index = {tuple(label.items()): i for i, label in enumerate(labels)}
+    last = []
+    for row in history[len(diverged) - len(labels) :]:
+        i = index[tuple((name, row[name]) for name in labels[0])]
+        last.append(row | {k: float(v[i]) for k, v in validation.items()})
     points = [{k: v for k, v in label.items() if k != "seed"} for label in labels]
     points = [dict(p) for p in dict.fromkeys(tuple(p.items()) for p in points)]
+    lost = {"diverged": [labels[i] | {"what": what} for i, what in sorted(diverged.items())]}
     if points == [{}]:
-        return about._asdict() | results(last, validation)
+        return about._asdict() | results(last, validation) | lost
     swept = []
     for point in points:
         own = [row for row in last if point.items() <= row.items()]
         swept.append(point | results(own, validation))
-    whole = about._asdict() | results(last, validation)
+    whole = about._asdict() | results(last, validation) | lost
     whole |= {"mean": None, "ci95": None, "sweep": swept}
     return whole | {"guidance": None} if "guidance" in points[0] else whole
 
@@ -327,8 +484,8 @@ def results(rows: list[dict], validation: dict) -> dict:
     the other measures."""
     scores = [row["score"] for row in rows if "score" in row]
     mean, ci95 = interval(scores)
-    measures = [name for name in MEASURES if name in rows[0] and name not in validation]
-    measures += list(validation)
+    measures = [name for name in MEASURES if rows and name in rows[0] and name not in validation]
+    measures += list(validation) if rows else []
     return {
         "seeds": [row["seed"] for row in rows],
         "returns": [row["return"] for row in rows if "return" in row],
@@ -385,7 +542,13 @@ def table(final: dict) -> str:
         for seed, ret, score in zip(final["seeds"], final["returns"], scores):
             lines.append(f"  {f'seed {seed}':<36}{ret:>10.1f}{number(score):>10}")
         mean = float(np.mean(final["returns"]))
-        lines.append(f"  {'mean':<36}{mean:>10.1f}{number(final['mean']):>10}{ends(final)}")
+        of = f"mean of {len(scores)} seeds" if final.get("diverged") else "mean"
+        lines.append(f"  {of:<36}{mean:>10.1f}{number(final['mean']):>10}{ends(final)}")
+    for label in final.get("diverged", []):
+        what = label["what"]
+        lines.append(
+            f"  diverged: {named({k: v for k, v in label.items() if k != 'what'})}: {what}"
+        )
     behaviour = final["behaviour_return"]
     lines.append(
         f"  {'behaviour policy of the log':<36}{behaviour:>10.1f}"
@@ -406,14 +569,17 @@ def sweep_lines(final: dict) -> list[str]:
     """The points of a sweep, a line each."""
     points = final["sweep"]
     fields = swept_fields(points)
-    names = ["return", "score"] if points[0]["returns"] else []
+    names = ["return", "score"] if any(p["returns"] for p in points) else []
     names += [] if final["synthetic"] == "none" else ["log_prob_synthetic"]
-    names += [name for name in ("validation_loss", "validation_error") if name in points[0]]
+    names += [
+        name for name in ("validation_loss", "validation_error") if any(name in p for p in points)
+    ]
     titles = [name.replace("_", " ") for name in names]
     lines = ["  " + "".join(f"{f:<22}" for f in fields) + "".join(f"{n:>20}" for n in titles)]
     for p in points:
         line = "  " + "".join(f"{p[f]:<22g}" for f in fields)
-        shown = {"return": number(np.mean(p["returns"] or 0.0)), "score": number(p["mean"])}
+        shown = {"score": number(p["mean"])}
+        shown["return"] = number(np.mean(p["returns"]) if p["returns"] else None)
         for name in names:
             own = "-" if p.get(name) is None else f"{p[name]:.4g}"
             line += f"{shown.get(name, own):>20}"

@@ -132,11 +132,26 @@ def over_runs(f, mesh, in_axes: tuple, num: int):
     return jax.shard_map(many, mesh=mesh, in_specs=specs, out_specs=P("run"), check_vma=False)
 
 
+IN_FIT = -1  # State.round of a run whose model has diverged; of one that did in round r: -2 - r
+
+
+def all_finite(tree: Any):
+    """Arrays -> () bool: none of them holds NaN or infinity."""
+    numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in numbers]))
+
+
+def select(condition, new: Any, old: Any) -> Any:
+    """condition () -> the arrays of `new` if it holds, or else those of `old`."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
+
+
 def spread(program: pgd.Program, layout: Layout, mesh) -> pgd.Program:
     """The Program of one run -> the Program of all runs of the layout, which take a Runs first.
 
     States have a leading axis (R,), models one of (M,), or none where M is 1. Metrics have the axis
-    (R,), those of the fit the models' axis.
+    (R,), those of the fit the models' axis. A run that diverges keeps its last sound agent, has a
+    negative State.round and metrics of NaN from then on, and touches no other run.
     """
     num_runs, num_models, axes = layout.num_runs, layout.num_models, layout.axes
     bare = lambda model: pgd.State(model, (), (), ())
@@ -173,14 +188,28 @@ def spread(program: pgd.Program, layout: Layout, mesh) -> pgd.Program:
         return rest(runs.each, dataset)._replace(model=model(runs, dataset))
 
     def fit(runs, state, dataset):
-        one = lambda run, model, dataset: program.fit(run, bare(model), dataset)
-        new, metrics = of_models(one, 0, None)(runs, state.model, dataset)
-        return state._replace(model=new.model), metrics
+        def one(run, model, dataset):
+            new, metrics = program.fit(run, bare(model), dataset)
+            sound = all_finite(metrics)
+            return select(sound, new.model, model), sound, metrics
+
+        model, sound, metrics = of_models(one, 0, None)(runs, state.model, dataset)
+        if 1 < num_models < num_runs:  # else the runs and their models are in the same order
+            sound = sound[runs.model_of]
+        return state._replace(model=model, round=jnp.where(sound, state.round, IN_FIT)), metrics
 
     def run_round(runs, state, dataset):
         def one(run, state, dataset):
             new, metrics = program.round(run, state, dataset)
-            return new._replace(model=()), metrics
+            alive = state.round >= 0
+            sound = alive & all_finite((metrics, new.agent))
+            index = jnp.where(alive, IN_FIT - 1 - state.round, state.round)
+            new = new._replace(
+                model=(),
+                agent=select(sound, new.agent, state.agent),
+                round=jnp.where(sound, new.round, index),
+            )
+            return new, jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan), metrics)
 
         new, metrics = of_runs(one)(runs, state, dataset)
         return new._replace(model=state.model), metrics

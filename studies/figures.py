@@ -128,8 +128,9 @@ def draw_sweep(path: Path, fields: list[str], final: dict) -> None:
         label = ", ".join(f"{f.replace('_', ' ')} {v:g}" for f, v in zip(others, group))
         for ax, what in zip(axes[0], measures):
             key = {"score": "scores", "return": "returns"}.get(what, what)
-            found = [band(np.atleast_1d(p[key]).tolist()) for p in rows]
-            mean, low, high = np.array(found).T
+            of = lambda p, key=key: [] if p.get(key) is None else np.atleast_1d(p[key]).tolist()
+            found = [band(of(p)) for p in rows]  # of a point that has diverged there is nothing
+            mean, low, high = np.array(found, float).T
             error = [mean - low, high - mean]
             style = {"marker": "o", "ms": 3, "capsize": 2, "color": ORDER[i % 4]}
             ax.errorbar([p[first] for p in rows], mean, error, label=label, **style)

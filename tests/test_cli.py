@@ -18,7 +18,7 @@ from conftest import ROOT, real_log, toy_log
 
 import data
 import pgd
-from host import cli, devices
+from host import cli, devices, run_folder
 
 TINY = (
     "--features 16 --blocks 1 --fit-steps 40 --fit-chunk 10 --fit-batch 16 --sample-steps 4 "
@@ -199,16 +199,17 @@ def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(stage, synthetic, 
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "final.json").exists()
-    with np.load(folder / "checkpoint" / "state.npz") as z:
-        rounds = len(json.loads(str(z["about"]))["history"])
+    with run_folder.read_checkpoint(folder / "checkpoint" / "state.npz") as (about, _):
+        rounds = len(about["history"])
     assert rounds < 12 and (rounds == 0 or stage == "rounds")
-    resumed = call("--resume", folder)
+    again = ("--export", tmp_path / "killed.npz", "--export-steps", 100)
+    resumed = call("--resume", folder, *again)
     assert resumed.returncode == 0, resumed.stderr
     assert finals(folder) == finals(tmp_path / "whole")
     whole_log, killed_log = (data.read_log(tmp_path / f"{n}.npz") for n in ("whole", "killed"))
     for key in whole_log:
         np.testing.assert_array_equal(whole_log[key], killed_log[key])
-    assert len(killed_log["rewards"]) < 10_000  # --export-steps came along
+    assert len(killed_log["rewards"]) < 10_000
     assert (folder / "metrics.csv").read_bytes() == (
         tmp_path / "whole" / "metrics.csv"
     ).read_bytes()
@@ -254,17 +255,28 @@ def test_a_sweep_killed_half_way_goes_on_to_the_same_table(tmp_path, toy_file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["imports", "compiling", "fit", "rounds"])
-def test_ctrl_c_ends_a_run_within_seconds_and_without_a_traceback(stage, tmp_path, toy_file):
-    """In the fit and the rounds, a checkpoint is there to go on from."""
+@pytest.mark.parametrize(
+    "stage, number",
+    [
+        ("imports", signal.SIGINT),
+        ("compiling", signal.SIGINT),
+        ("fit", signal.SIGINT),
+        ("rounds", signal.SIGINT),
+        ("rounds", signal.SIGTERM),
+        ("rounds", signal.SIGHUP),
+    ],
+)
+def test_a_signal_ends_a_run_within_seconds_and_saves_it(stage, number, tmp_path, toy_file):
+    """In the fit and the rounds, the last step is in the checkpoint, though none was due."""
     folder = tmp_path / "r"
     args = ["--dataset-path", toy_file, *TINY, "--out", folder]
     args += ["--fit-steps", 10**7 if stage == "fit" else 40, "--rounds", 10**6]
     args += ["--blocks", 30] * (stage == "compiling")
-    env = os.environ | {"PGD_SAVE_EVERY": "0"}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits "ignore"
+    env = os.environ | {"PGD_SAVE_EVERY": "0" if stage == "fit" else "1e9"}
+    usual = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)}
     process = subprocess.Popen(pgd_command(*args), env=env, stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGINT, before)
+    for n, before in usual.items():  # a child inherits "ignore"
+        signal.signal(n, before)
     sign = {
         "compiling": "config.json", "fit": "checkpoint/state.npz", "rounds": "metrics.csv"
     }.get(stage)  # fmt: skip
@@ -273,17 +285,23 @@ def test_ctrl_c_ends_a_run_within_seconds_and_without_a_traceback(stage, tmp_pat
         time.sleep(0.01)
     time.sleep(0.5)
     start = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert time.monotonic() - start < 5.0
     assert "Traceback" not in said
     if stage == "imports":  # a shell shows 130 for both
         assert process.returncode in (130, -signal.SIGINT)
         return
-    assert process.returncode == 130
-    assert said.endswith("pgd.py: interrupted; --resume FOLDER continues a run\n")
+    assert process.returncode == 128 + number
+    if stage == "compiling":
+        assert said.endswith("pgd.py: interrupted; --resume FOLDER continues a run\n")
+    else:
+        assert said.endswith(f"pgd.py: interrupted and saved; --resume {folder} continues\n")
     assert not (folder / "final.json").exists()
     if stage == "rounds":
+        with run_folder.read_checkpoint(folder / "checkpoint" / "state.npz") as (about, _):
+            last = (folder / "metrics.csv").read_text().splitlines()[-1]
+            assert about["history"][-1]["round"] == int(last.split(",")[0]) > 0
         assert pgd.load_policy(folder)(np.zeros((4, 3))).shape == (4, 2)
 
 
