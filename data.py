@@ -46,9 +46,10 @@ from host.collect import (
     train_policy,
 )
 from host.d4rl import D4rlFile, Unreachable, d4rl_path, download, read_registry
-from host.errors import UserError, at_least
+from host.errors import UserError, at_least, printable
 from host.export import export, refuse_existing_export
-from host.files import atomic_path, own_dataset, read_arrays, require, say, write_arrays
+from host.files import atomic_path, is_log_file, own_dataset, require, say, write_arrays
+from host.logs import SUCCESSORS, Rules, check_log, episode_returns, read_log
 from host.minari import (
     MINARI_NAMES,
     check_minari_name,
@@ -57,8 +58,6 @@ from host.minari import (
     read_minari,
 )
 
-KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
-SUCCESSORS = "next_observations"  # an optional sixth array
 Source = Literal["auto", "d4rl", "collect", "minari"]
 Kind = Literal["d4rl", "collect", "minari", "file"]
 
@@ -114,15 +113,6 @@ class Task:
         return digest.hexdigest()[:16]
 
 
-def episode_returns(log: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Log -> (undiscounted returns (E,), lengths (E,)) of the E episodes that have ended. A log
-    without an end counts as one episode."""
-    ends = np.flatnonzero(log["terminals"] | log["timeouts"])
-    ends = ends if len(ends) else np.array([len(log["rewards"]) - 1])
-    totals = np.cumsum(log["rewards"], dtype=np.float64)[ends]
-    return np.diff(totals, prepend=0.0), np.diff(ends, prepend=-1)
-
-
 class Found(NamedTuple):
     """A log as its source gives it; the fields are those of Task."""
 
@@ -136,16 +126,17 @@ class Found(NamedTuple):
     bounds: tuple[np.ndarray, np.ndarray] | None = None  # lowest and highest action, if known
 
 
-def load(name: str | None = None, path: str | None = None) -> Task:
+def load(name: str | None = None, path: str | None = None, discrete: bool = False) -> Task:
     """The name of a task, a file, or both -> Task.
 
     name: as the module's docstring lists them; the version of D4RL's names may be left out.
-    path: an HDF5 file in D4RL's layout, or an npz file of the same arrays. With both, the file is
-    the log, and the name, which then has no source's prefix, says which simulator evaluates.
+    path: an HDF5 or npz file in a layout of host/layouts.py. With both, the file is the log, and
+    the name, which then has no source's prefix, says which simulator evaluates. discrete: actions
+    that are integers from 0 on are taken as numbers.
     Raises UserError if the name is unknown, the log cannot be had, or a file is not a valid log.
     """
     if path is not None:
-        found = _open_file(Path(path), name)
+        found = _open_file(Path(path).expanduser(), name, discrete)
     elif name is None:
         raise UserError("name a task or give a file")
     else:
@@ -172,20 +163,26 @@ def load(name: str | None = None, path: str | None = None) -> Task:
     )
 
 
-def _open_file(path: Path, name: str | None) -> Found:
+def rules_of(entry: "Entry") -> Rules:
+    """What a task says of its logs. Demonstrations by people have no limit of steps."""
+    limit = None if "-human" in entry.name else entry.limit
+    if entry.simulator in sim.GYMNAX:
+        limit = sim.make_envs(entry.simulator, 1).limit
+    return Rules(limit, entry.simulator in ENDLESS, bare_name(entry.name).startswith("antmaze"))
+
+
+def _open_file(path: Path, name: str | None, discrete: bool) -> Found:
     """A file, and perhaps the name of the task that evaluates."""
     if name is None:
-        return Found(path.stem, read_log(path), f"file {path.name}", "file", None, None, path)
+        log = read_log(path, Rules(discrete=discrete))
+        return Found(path.stem, log, f"file {path.name}", "file", None, None, path)
     entry, (prefix, rest) = resolve(name), split_prefix(name)
     if prefix and entry.name != f"minari:{rest}":
         raise UserError(
             f"{name} names a source of logs, but the log is the file {path.name}; leave out the "
             f"prefix {prefix}:"
         )
-    limit = entry.limit
-    if entry.simulator in sim.GYMNAX:
-        limit = sim.make_envs(entry.simulator, 1).limit
-    log = read_log(path, limit)
+    log = read_log(path, rules_of(entry)._replace(discrete=discrete))
     return Found(
         path.stem, log, f"file {path.name}", "file", entry.simulator, entry.reference, path
     )
@@ -207,7 +204,7 @@ def _open_named(entry: "Entry") -> Found:
     if entry.source != "collect":
         try:
             path, checked = download(entry.d4rl)
-            log = read_log(path, entry.limit)
+            log = read_log(path, rules_of(entry))
             return Found(
                 entry.name, log, f"D4RL {entry.name} ({checked})", "d4rl", path=path, **task
             )
@@ -277,6 +274,10 @@ GYMNAX_REFERENCE = {
     "mountaincar-continuous": (-33.1, 93.4),
     "swimmer": (84.6, 366.9),
 }
+
+
+# Simulators in which no episode ends in a terminal
+ENDLESS = {"halfcheetah", "pendulum", "reacher", "swimmer", *sim.MAZES}
 
 
 def registry() -> dict[str, Entry]:
@@ -386,33 +387,7 @@ def make_envs(simulator: str, num: int):
     return sim.GymnasiumEnvs(make, num, space=found.observation_space)
 
 
-# --- Files: HDF5 in D4RL's layout, or npz ---
-
-
-def read_log(path: Path | str, limit: int | None = None) -> dict[str, np.ndarray]:
-    """An HDF5 or npz file with D4RL's arrays -> dict of KEYS, and of SUCCESSORS if the file has it.
-
-    observations (N, O), actions (N, A), rewards, terminals, timeouts (N,), next_observations
-    (N, O). Unmarked ends of episodes are restored as mend_timeouts does. limit: maximal steps per
-    episode, if known. Raises UserError if the file is missing, damaged or not a valid log. Python
-    objects in a file are never loaded, and links to other files are not followed.
-    """
-    path = Path(path)
-    log = read_arrays(path, (*KEYS, SUCCESSORS), optional=("timeouts", SUCCESSORS))
-    for key in set(KEYS[2:]) & set(log):
-        if log[key].ndim == 2 and log[key].shape[1] == 1:
-            log[key] = log[key][:, 0]
-    missing = "timeouts" not in log
-    check_log(log, str(path))
-    log |= {key: log[key].astype(bool, copy=False) for key in KEYS[3:] if key in log}
-    if said := mend_timeouts(log, limit):
-        say(f"{path.name} {'has no timeouts: ' if missing else ''}{said}")
-    if "timeouts" not in log:
-        raise UserError(
-            f"{path} has no timeouts, and neither next_observations nor a known task to restore "
-            "them from; add the array, or name the task with --env"
-        )
-    return log
+# --- Files: HDF5 in D4RL's layout, or npz; host/logs.py reads them ---
 
 
 def write_log(path: Path | str, log: dict[str, np.ndarray], about: dict[str, str]) -> None:
@@ -421,74 +396,6 @@ def write_log(path: Path | str, log: dict[str, np.ndarray], about: dict[str, str
     about: notes that the file keeps, e.g. {"source": provenance}.
     """
     write_arrays(path, log, about)
-
-
-# --- Checks ---
-
-
-def check_log(log: dict[str, np.ndarray], where: str) -> None:
-    """Check the shapes of a log's arrays and that all numbers are finite. Raises UserError, which
-    names `where` the log is from."""
-    num, width = len(log["observations"]), log["observations"].shape[1:]
-    for key, ndim in zip((*KEYS, SUCCESSORS), (2, 2, 1, 1, 1, 2)):
-        if key not in log:
-            continue
-        shape = log[key].shape
-        agrees = key != SUCCESSORS or shape[1:] == width
-        if len(shape) != ndim or shape[0] != num or 0 in shape or not agrees:
-            want = f"({num}, ...)" if ndim == 2 else f"({num},)"
-            want = log["observations"].shape if key == SUCCESSORS else want
-            raise UserError(f"{where}: {key} has shape {shape}, it should be {want} and not empty")
-        bad = None if log[key].dtype == bool else ~np.isfinite(log[key]).reshape(num, -1).all(1)
-        if bad is not None and bad.any():
-            raise UserError(
-                f"{where}: {key} has NaN or infinite values in {bad.sum()} of {num} rows, "
-                f"the first in row {bad.argmax()}; remove those episodes"
-            )
-
-
-def mend_timeouts(log: dict[str, np.ndarray], limit: int | None) -> str:
-    """Mark unmarked ends of episodes as timeouts, in place -> a phrase that says what was done, or
-    an empty string.
-
-    With next_observations, an episode ends wherever the next row is not the successor. Without them
-    and without `timeouts`, an episode ends after every `limit` steps.
-    """
-    if SUCCESSORS in log:
-        breaks = _breaks(log["observations"], log[SUCCESSORS])
-        marked = log["terminals"] | log.get("timeouts", False)
-        breaks &= ~marked
-        log["timeouts"] = breaks | log.get("timeouts", False)
-        if breaks.any():
-            return (
-                f"{breaks.sum()} steps are followed by another state than their next_observations "
-                "say and are marked as timeouts"
-            )
-    elif "timeouts" not in log and limit:
-        log["timeouts"] = _timeouts_by_limit(log["terminals"], limit)
-        return f"episodes are taken to end after {limit} steps"
-    return ""
-
-
-def _breaks(obs: np.ndarray, next_obs: np.ndarray, rows: int = 100_000) -> np.ndarray:
-    """obs (N, O), next_obs (N, O) -> (N,) bool: the next row differs from this row's successor by
-    more than 0.1 % of a standard deviation. Works on `rows` rows at a time."""
-    scale = 1e-3 * obs.std(0) + 1e-6
-    breaks = np.zeros(len(obs), bool)
-    for i in range(0, len(obs) - 1, rows):
-        after = obs[i + 1 : i + 1 + rows]
-        apart = np.abs(next_obs[i : i + len(after)] - after)
-        breaks[i : i + len(after)] = np.any(apart > scale, axis=1)
-    return breaks
-
-
-def _timeouts_by_limit(terminals: np.ndarray, limit: int) -> np.ndarray:
-    """terminals (N,) -> timeouts (N,) after every `limit` steps since the last end."""
-    timeouts, first = np.zeros(len(terminals), bool), 0
-    for end in [*np.flatnonzero(terminals), len(terminals)]:
-        timeouts[first + limit - 1 : end : limit] = True
-        first = end + 1
-    return timeouts
 
 
 # --- Agreement of a log with a simulator ---
@@ -567,21 +474,32 @@ def _list_row(entry: Entry) -> tuple[str, ...]:
     return entry.name, size, steps, simulator, ", ".join(here)
 
 
-def info_command(name: tyro.conf.Positional[str], picture: Path | None = None) -> None:
+def is_file(name: str) -> bool:
+    """True if a word of the command line is the path of a log and not a task's name."""
+    path = Path(name).expanduser()
+    suffixes = (".hdf5", ".h5", ".h5py", ".npz", ".pkl", ".pickle")
+    return path.suffix.lower() in suffixes or "/" in name and path.exists() or is_log_file(path)
+
+
+def info_command(
+    name: tyro.conf.Positional[str], env: str | None = None, picture: Path | None = None
+) -> None:
     """Print the sizes, episodes, returns, actions, ends and hash of a log.
 
     Args:
         name: name of a task, with or without a source's prefix, or an HDF5 or npz file
+        env: name of the task that a file is a log of
         picture: new PNG file for a histogram of the returns
     """
     if picture is not None and (picture.suffix != ".png" or picture.exists()):
         raise UserError(f"{picture} should end in .png and not exist yet")
-    is_file = Path(name).suffix in (".hdf5", ".h5", ".npz")
-    task = load(None if is_file else name, name if is_file else None)
+    if env and not is_file(name):
+        raise UserError(f"--env is for a file, and {name} is the name of a task")
+    task = load(env, name, discrete=True) if is_file(name) else load(name)
     returns, lengths = episode_returns(task.log)
-    print(task.name)
+    print(printable(task.name))
     for key, text in _describe(task, returns, lengths).items():
-        print(f"  {key:<13} {text}")
+        print(f"  {key:<13} {printable(text)}")
     print("  episodes by return")
     counts, edges = np.histogram(returns, bins=12)
     for count, low, high in zip(counts, edges, edges[1:]):
@@ -597,6 +515,9 @@ def _describe(task: Task, returns: np.ndarray, lengths: np.ndarray) -> dict[str,
     log = task.log
     obs, action, reward = log["observations"], log["actions"], log["rewards"]
     still = (obs.std(0) == 0).sum()
+    ends = np.flatnonzero(log["terminals"] | log["timeouts"])
+    tail = len(obs) - 1 - ends[-1] if len(ends) else 0
+    both = (log["terminals"] & log["timeouts"]).sum()
     at_bound = np.mean(np.any((action <= task.action_low) | (action >= task.action_high), axis=1))
     score = "" if task.reference is None else f", score {task.score(returns.mean()):.1f}"
     lines = {
@@ -604,8 +525,9 @@ def _describe(task: Task, returns: np.ndarray, lengths: np.ndarray) -> dict[str,
         "file": "-" if task.path is None else f"{task.path} ({task.path.stat().st_size:,} bytes)",
         "hash": f"{task.fingerprint} (of the arrays)",
         "steps": f"{len(obs):,} in {len(returns):,} ended episodes of {lengths.min():,} to "
-        f"{lengths.max():,}",
-        "ends": f"{log['terminals'].sum():,} terminals, {log['timeouts'].sum():,} timeouts",
+        f"{lengths.max():,}" + (f", and {tail:,} of an episode that has not ended" if tail else ""),
+        "ends": f"{log['terminals'].sum():,} terminals, {log['timeouts'].sum():,} timeouts"
+        + (f", {both:,} steps are both and count as terminals" if both else ""),
         "observations": f"{obs.shape[1]}, from {obs.min():.3g} to {obs.max():.3g}"
         + (f"; {still} never change" if still else ""),
         "successors": "known at timeouts too" if SUCCESSORS in log else "the next row",

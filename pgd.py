@@ -183,7 +183,7 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
     steps[:num, num_obs:-2] = np.arctanh(np.clip(unit, -0.999, 0.999))
     steps[:num, -2], steps[:num, -1] = log["rewards"], terminals
     mean, std = (f(steps[:num], 0, dtype=np.float64) for f in (np.mean, np.std))
-    std[std < 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0
+    std[std <= 1e-6 * np.abs(mean)] = 1.0  # a constant channel
     steps -= mean.astype(np.float32)
     steps /= std.astype(np.float32)
 

@@ -64,7 +64,7 @@ def open_session(given: Flags) -> Session:
     batches = (config.fit_batch, config.sample_batch) if job.synthetic == "diffusion" else ()
     mesh = spread.make_mesh(len(points) * config.num_seeds, job.devices, batches)
     name = job.env or (None if config.dataset_path else flags.DEFAULT_ENV)
-    task = data.load(name, config.dataset_path and os.path.expanduser(config.dataset_path))
+    task = data.load(name, config.dataset_path, job.discrete_as_continuous)
     if job.physics == "mjx" and task.simulator not in envs.BODIES:
         raise UserError(f"--physics mjx is for {', '.join(envs.BODIES)}, not for {task.name}")
     dataset = pgd.make_dataset(task.log, config, task.action_low, task.action_high)

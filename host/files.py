@@ -127,30 +127,93 @@ def write_hdf5(
 
 
 def read_arrays(
-    path: Path, names: tuple[str, ...], optional: tuple[str, ...] = ()
+    path: Path, names: tuple[str, ...], optional: tuple[str, ...] = (), wide: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """The arrays `names` of an npz file (suffix .npz) or an HDF5 file -> {name: array}, in the
-    order of `names`.
+    """The arrays `names` of an npz or an HDF5 file -> {name: array}, in the order of `names`.
 
-    Arrays of numbers become float32; arrays of bool stay bool. Names in `optional` may be missing
-    from the file. Raises UserError if the file is missing, empty, damaged or of another format, and
-    on arrays that are missing, hold no numbers, have neither one nor two axes, lie in another file,
-    or are too large. Python objects are never loaded.
+    Arrays of numbers become float32, or float64 if they are in `wide` and have more than four bytes
+    in the file; arrays of bool stay bool. Names in `optional` may be missing from the file. Raises
+    UserError if the file is missing, empty, damaged or of another format, and on arrays that are
+    missing, hold no numbers, have more than two axes, lie in another file, or are too large.
+    Python objects are never loaded.
     """
+    with _opened(path) as kind:
+        read = _read_npz if kind == "npz" else _read_hdf5
+        return read(path, names, optional, wide)
+
+
+def list_arrays(path: Path) -> dict[str, tuple[np.dtype | None, tuple | None]]:
+    """An npz or HDF5 file -> {name: (dtype, shape)} of its arrays, both None for a link. Raises
+    UserError as read_arrays does."""
+    with _opened(path) as kind:
+        if kind == "npz":
+            with zipfile.ZipFile(path) as z:
+                names = [name for name in z.namelist() if name.endswith(".npy")]
+                return {name.removesuffix(".npy"): npy_header(z, name) for name in names}
+        h5py, found = require("h5py", "h5py"), {}
+
+        def walk(group, prefix: str, depth: int) -> None:
+            for key in group:
+                if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                    found[prefix + key] = None, None  # read_arrays says that it is not followed
+                elif isinstance(item := group[key], h5py.Dataset):
+                    found[prefix + key] = item.dtype, item.shape
+                elif isinstance(item, h5py.Group) and depth < 8:
+                    walk(item, f"{prefix}{key}/", depth + 1)
+
+        with h5py.File(path, "r") as f:
+            walk(f, "", 0)
+        return found
+
+
+def is_log_file(path: Path) -> bool:
+    """True if a file has the content of an HDF5 or npz file, whatever its name."""
+    return path.is_file() and (zipfile.is_zipfile(path) or require("h5py", "h5py").is_hdf5(path))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[str]:
+    """Check a file, and turn what reading it raises into a UserError -> "npz" or "HDF5"."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the HDF5 or npz file in it")
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; fetch or write it again")
-    read, kind = (_read_npz, "npz") if path.suffix == ".npz" else (_read_hdf5, "HDF5")
+    with open(path, "rb") as f:
+        first = f.read(2)
+    kind = "npz" if first == b"PK" or path.suffix.lower() == ".npz" else "HDF5"
+    if first[:1] == b"\x80" and first[1:] in b"\2\3\4\5":
+        raise UserError(
+            f"{path} is a Python pickle, which can run any program and is never loaded; save its "
+            "arrays with numpy.savez where it was made"
+        )
+    if ".tfrecord" in path.name:
+        raise UserError(f"{path} is RLDS; read it with tensorflow_datasets and save its arrays "
+                        "with numpy.savez")  # fmt: skip
     try:
-        return read(path, names, optional)
+        yield kind
+    except UserError:
+        raise
     except DAMAGE as e:
+        said = " ".join(str(e).split())
+        if getattr(e, "errno", None) == errno.EAGAIN or "unable to lock file" in said:
+            raise UserError(f"{path} is locked, since another program is writing it; close it "
+                            "there first") from e  # fmt: skip
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES):
             raise
+        if "plugin" in said or "filter" in said and "returned failure" not in said:
+            raise UserError(f"{path} is compressed with a filter that is not installed here; write "
+                            "it again with: h5repack -f GZIP=4 IN OUT") from e  # fmt: skip
         raise UserError(f"{path} cannot be read as {kind}; it is damaged or of another kind") from e
 
 
-def _read_hdf5(path: Path, names: tuple[str, ...], optional: tuple[str, ...]) -> dict:
+def _wide(dtype: np.dtype, wanted: bool) -> type:
+    """-> float64 for numbers that float32 may round, if wanted; else float32."""
+    return np.float64 if wanted and dtype.kind in "fiu" and dtype.itemsize > 4 else np.float32
+
+
+def _read_hdf5(path: Path, names, optional, wide) -> dict[str, np.ndarray]:
     h5py = require("h5py", "h5py")
     with h5py.File(path, "r") as f:
         found = {name: x for name in names if (x := own_dataset(f, name)) is not None}
@@ -159,7 +222,8 @@ def _read_hdf5(path: Path, names: tuple[str, ...], optional: tuple[str, ...]) ->
         )
         arrays = {}
         for name, x in found.items():  # read_direct makes no copy in the file's own dtype
-            arrays[name] = np.empty(x.shape, bool if x.dtype == bool else np.float32)
+            kind = bool if x.dtype == bool else _wide(x.dtype, name in wide)
+            arrays[name] = np.empty(x.shape, kind)
             if arrays[name].size:
                 x.read_direct(arrays[name])
         return arrays
@@ -188,7 +252,7 @@ def own_dataset(f, name: str):
     return at
 
 
-def _read_npz(path: Path, names: tuple[str, ...], optional: tuple[str, ...]) -> dict:
+def _read_npz(path: Path, names, optional, wide) -> dict[str, np.ndarray]:
     """Each array is checked and read from the one entry NAME.npy, which numpy.load would not always
     choose."""
     with zipfile.ZipFile(path) as z:
@@ -200,7 +264,8 @@ def _read_npz(path: Path, names: tuple[str, ...], optional: tuple[str, ...]) -> 
             for name, entry in entries.items():
                 with z.open(entry) as f:
                     x = np.lib.format.read_array(f, allow_pickle=False)
-                arrays[name] = x if x.dtype == bool else x.astype(np.float32, copy=False)
+                kind = bool if x.dtype == bool else _wide(x.dtype, name in wide)
+                arrays[name] = x.astype(kind, copy=False)
         return arrays
 
 
@@ -230,7 +295,9 @@ def _check_headers(
             raise UserError(f"{path}: {name} holds Python objects, which are never loaded")
         if dtype.kind not in "fiub":
             raise UserError(f"{path}: {name} holds {dtype}, not numbers")
-        if shape is None or len(shape) not in (1, 2):
+        if shape is not None and len(shape) > 2:
+            raise UserError(f"{path}: {name} has shape {shape}; images are not supported")
+        if shape is None:
             raise UserError(f"{path}: {name} has shape {shape}, it should be (N, ...)")
         declared += int(np.prod(shape, dtype=object)) * dtype.itemsize
     stored = path.stat().st_size

@@ -26,6 +26,7 @@ Preset = Literal["default", "smoke", "laptop", "paper"]
 class Job:
     # --- Task ---
     env: str | None = None  # task, such as hopper-medium or minari:NAME; else pendulum-medium
+    discrete_as_continuous: bool = False  # take actions that are integers 0, 1, 2, ... for numbers
     synthetic: Synthetic = "diffusion"  # source of synthetic data; none: the log
     preset: Preset = "default"  # default values; see docs/presets.md
     sweep: tuple[str, ...] = ()  # settings and values: guidance 0 1 eta 1 8 makes four points

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from scipy.special import stdtrit
 
-from host.errors import UserError
+from host.errors import UserError, printable
 from host.files import atomic_file, atomic_path, npy_header, say
 
 PACKAGES = ("jax", "jaxlib", "optax", "chex", "gymnax", "gymnasium", "mujoco", "numpy")
@@ -562,7 +562,7 @@ def table(final: dict) -> str:
     total = sum(final["wall_seconds"].values())
     parts = ", ".join(f"{stage} {s:.0f}" for stage, s in final["wall_seconds"].items())
     lines.append(f"  {'wall time':<36}{total:>8.0f} s ({parts})")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def sweep_lines(final: dict) -> list[str]:

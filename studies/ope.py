@@ -15,7 +15,6 @@ that is ranked first, and the error. It saves ope.csv and ope.png.
 """
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -312,7 +311,7 @@ def evaluate(run_dirs: Sequence[str], args, argv: Sequence[str], out: Path) -> N
     job, dataset = session.flags.job, session.dataset
     path = session.flags.config.dataset_path
     name = job.env or (None if path else flags.DEFAULT_ENV)
-    log = data.load(name, path and os.path.expanduser(path)).log
+    log = data.load(name, path, job.discrete_as_continuous).log
     policies = load_policies(args.policies, session)
     simulator = session.task.simulator
     limit = args.limit or int(data.episode_returns(log)[1].max())

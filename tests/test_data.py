@@ -14,6 +14,7 @@ from conftest import ROOT, data_command, real_log, successors, toy_log, write_hd
 import data
 from host import d4rl
 from host.errors import UserError
+from host.logs import Rules, mend_timeouts
 
 # --- Files ---
 
@@ -231,7 +232,7 @@ def test_names_that_climb_out_of_their_folder_are_refused(name):
 
 def test_missing_timeouts_are_put_back_where_the_limit_is_known(tmp_path, log, capsys):
     timeouts = log.pop("timeouts")
-    back = data.read_log(write_hdf5(tmp_path / "a.hdf5", log), limit=40)
+    back = data.read_log(write_hdf5(tmp_path / "a.hdf5", log), Rules(limit=40))
     np.testing.assert_array_equal(back["timeouts"], timeouts)
     said = capsys.readouterr().err
     assert "has no timeouts" in said and "40 steps" in said and said.count("\n") == 1
@@ -241,7 +242,7 @@ def test_a_limit_is_counted_from_the_last_end():
     terminals = np.zeros(20, bool)
     terminals[[3, 13]] = True
     log = {"terminals": terminals}
-    data.mend_timeouts(log, 5)
+    mend_timeouts(log, Rules(limit=5))
     assert np.flatnonzero(log["timeouts"]).tolist() == [8, 18]  # 9 to 13 is a whole episode
 
 

@@ -175,7 +175,7 @@ def test_the_log_alone_has_only_real_transitions_in_its_batches():
         (["--dataset-path", "text.hdf5"], "cannot be read as HDF5"),
         (["--dataset-path", "toy.hdf5", "--horizon", "64"], "0 windows of 64 steps"),
         (["--dataset-path", "toy.hdf5", "--batch-size", "4096"], "larger than the log"),
-        (["--dataset-path", "toy.hdf5", "--env", "halfcheetah-medium"], "3 observations"),
+        (["--dataset-path", "toy.hdf5", "--env", "hopper-medium"], "3 observations"),
         (["--dataset-path", "toy.hdf5", "--agent", "td3"], "there is no agent 'td3'"),
         (["--dataset-path", "toy.hdf5", "--kernel", "4"], "--kernel must be odd"),
         (["--dataset-path", "toy.hdf5", "--trajectories", "100"], "multiple of --sample-batch"),

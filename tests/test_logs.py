@@ -1,0 +1,507 @@
+"""Logs as people have them: what was misread in silence has its right value here, or is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from conftest import data_command, real_log, write_hdf5
+
+import data
+import pgd
+from host.errors import UserError
+from host.logs import Rules, read_log
+
+
+def log(episodes, steps, obs=3, act=1):
+    rng, n = np.random.default_rng(0), episodes * steps
+    return {
+        "observations": rng.normal(size=(n, obs)),
+        "actions": rng.uniform(-1, 1, (n, act)),
+        "rewards": np.ones(n),
+        "terminals": np.zeros(n),
+        "timeouts": np.arange(n) % steps == steps - 1,
+    }
+
+
+def with_successors(made: dict) -> dict:
+    """The log with the true successors; those of the last steps of episodes are new states."""
+    after = np.roll(made["observations"], -1, axis=0)
+    after[np.flatnonzero(made["timeouts"] | (made["terminals"] > 0))] += 10.0
+    return made | {"next_observations": after}
+
+
+@pytest.fixture(params=[".npz", ".hdf5"])
+def save(request, tmp_path):
+    """-> save(arrays), which writes them as they are."""
+
+    def write(arrays: dict, name="log"):
+        path = tmp_path / f"{name}{request.param}"
+        if request.param == ".npz":
+            np.savez(path, **arrays)
+            return path
+        return write_hdf5(path, arrays)
+
+    return write
+
+
+def ends(found: dict, key="timeouts") -> list[int]:
+    return np.flatnonzero(found[key]).tolist()
+
+
+# --- Ends of episodes ---
+
+
+def test_time_outs_that_are_never_marked_come_from_the_tasks_limit(save, capsys):
+    task = data.load("pendulum-medium", save(log(3, 200) | {"timeouts": np.zeros(600)}))
+    returns, lengths = data.episode_returns(task.log)
+    assert lengths.tolist() == [200] * 3 and returns.tolist() == [200.0] * 3
+    assert "marks no time-out: episodes are taken to end after 200 steps" in capsys.readouterr().err
+    dataset = pgd.make_dataset(task.log, pgd.Config(horizon=150))
+    starts = {*np.asarray(dataset.train_starts), *np.asarray(dataset.val_starts)}
+    assert all(start % 200 < 50 for start in starts)  # no window runs across a reset
+
+
+def test_marks_win_over_the_limit(save, capsys):
+    made = log(6, 50)
+    task = data.load("pendulum-medium", save(made))
+    assert ends(task.log) == ends(made) and not capsys.readouterr().err
+
+
+def test_successors_without_time_outs_give_the_last_end_too(save, capsys):
+    made = with_successors(log(2, 100))
+    made.pop("timeouts")
+    found = read_log(save(made))
+    assert ends(found) == [99, 199]
+    assert data.episode_returns(found)[0].tolist() == [100.0, 100.0]
+    assert "1 steps are followed by another state" in capsys.readouterr().err
+
+
+def test_a_log_of_one_episode_without_time_outs(save):
+    made = with_successors(log(1, 100))
+    made.pop("timeouts")
+    found = read_log(save(made))
+    assert ends(found) == [99]
+
+
+def test_demonstrations_by_people_have_no_limit(save):
+    made = log(4, 250, 39, 28)
+    made.pop("timeouts")
+    path = save(made)
+    with pytest.raises(UserError, match="has no timeouts, .* add the array"):
+        data.load("door-human", path)
+    assert data.rules_of(data.resolve("door-expert")).limit == 200
+
+
+def test_successors_that_are_the_next_episodes_start_are_left_out(save, capsys):
+    made = log(4, 50)
+    made["next_observations"] = np.roll(made["observations"], -1, axis=0)
+    found = read_log(save(made))
+    assert "next_observations" not in found and ends(found) == [49, 99, 149, 199]
+    assert "first observations of the next episodes" in capsys.readouterr().err
+    dataset = pgd.make_dataset(found, pgd.Config(horizon=8))
+    assert dataset.usable.shape[0] == 196  # no transition jumps into the next episode
+
+
+@pytest.mark.parametrize("late", [1, -1])
+@pytest.mark.parametrize("key", ["timeouts", "terminals"])
+def test_marks_one_step_off_follow_the_successors(save, capsys, late, key):
+    made = with_successors(log(4, 50))
+    true = made["timeouts"].copy()
+    made["timeouts"] = np.zeros(200, bool)
+    made[key] = np.roll(true, late)
+    made[key][0] = False  # that of the last end, which comes back at the beginning
+    found = read_log(save(made))
+    assert ends(found, key) == [49, 99, 149, 199]
+    assert not found["terminals" if key == "timeouts" else "timeouts"].any()
+    assert "3 marks of ends are one row off" in capsys.readouterr().err
+
+
+def goal_log() -> dict:
+    made = log(4, 250)
+    made["rewards"][:] = 0.0
+    made["rewards"][340:350] = made["terminals"][340:350] = 1.0
+    return made
+
+
+def test_a_trajectory_ends_at_its_goal(save, capsys):
+    found = read_log(save(goal_log()), data.rules_of(data.resolve("antmaze-umaze")))
+    returns, lengths = data.episode_returns(found)
+    assert returns.tolist() == [0, 1, 0, 0] and lengths.tolist() == [250, 91, 250, 250]
+    assert ends(found, "terminals") == [340] and ends(found) == [249, 590, 840]
+    task = data.load("antmaze-umaze", save(goal_log()))
+    assert task.score(task.behaviour_return) == pytest.approx(25.0)
+    assert "159 steps after a trajectory has reached its goal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (lambda x: x - 1 + 2 * (np.arange(200) == 9), "terminals holds -1; it should hold 0 and 1"),
+        (lambda x: x + 0.5 * (np.arange(200) == 9), "terminals holds 0.5"),
+        (lambda x: 1 - (np.arange(200) % 50 == 49), "terminals is 1 in 98.0% of the rows"),
+        (lambda x: x + 2 * (np.arange(200) == 9), "terminals holds 2"),
+    ],
+)
+def test_terminals_are_0_or_1_at_ends(save, values, message):
+    made = log(4, 50)
+    made["terminals"] = values(made["terminals"])
+    with pytest.raises(UserError, match=message):
+        read_log(save(made))
+    made = log(4, 50)
+    made["timeouts"] = made["timeouts"] * 0.25
+    with pytest.raises(UserError, match="timeouts holds 0.25"):
+        read_log(save(made))
+
+
+@pytest.mark.parametrize("open_steps", [0, 30])
+def test_rows_that_were_never_filled_are_left_out(save, capsys, open_steps):
+    made = log(4, 50)
+    if open_steps:  # of an episode that has not ended
+        more = log(1, open_steps) | {"timeouts": np.zeros(open_steps, bool)}
+        made = {key: np.concatenate([x, more[key]]) for key, x in made.items()}
+    full = {k: np.concatenate([x, np.zeros((300, *x.shape[1:]))]) for k, x in made.items()}
+    found = read_log(save(full))
+    assert len(found["rewards"]) == 200 + open_steps and ends(found) == [49, 99, 149, 199]
+    assert "last 300 rows are one repeated row" in capsys.readouterr().err
+
+
+def test_a_robot_at_rest_inside_an_episode_is_kept(save, capsys):
+    made = log(4, 50)
+    for key in ("observations", "actions"):
+        made[key][60:90] = 0.0  # 30 equal rows before an end
+    assert len(read_log(save(made))["rewards"]) == 200 and not capsys.readouterr().err
+
+
+def test_terminals_at_the_limit_alone_and_in_a_task_without_any_are_time_outs(save, capsys):
+    made = log(3, 200)
+    made["terminals"], made["timeouts"] = made["timeouts"], np.zeros(600)
+    found = read_log(save(made), Rules(limit=200))
+    assert not found["terminals"].any() and ends(found) == [199, 399, 599]
+    assert "all are at the task's limit of 200 steps" in capsys.readouterr().err
+    task = data.load("pendulum-medium", save(made))
+    assert not task.log["terminals"].any()
+    assert "because this task has no terminals" in capsys.readouterr().err
+    made = log(3, 200)
+    made["terminals"][77] = 1.0  # one true terminal: the others are believed as well
+    made["terminals"] += made["timeouts"]
+    found = read_log(save(made), Rules(limit=200))
+    assert ends(found, "terminals") == [77, 199, 399, 599]
+
+
+# --- Numbers ---
+
+
+def test_observations_far_from_zero_keep_their_changes(save, capsys):
+    made = log(4, 50)
+    far = made | {"observations": made["observations"] + 1.7e9}
+    found = read_log(save(far))
+    centred = made["observations"] - made["observations"].mean(0)
+    np.testing.assert_allclose(found["observations"], centred, atol=1e-5)
+    said = capsys.readouterr().err
+    assert "observations 0, 1, 2 reach 1.7e+09" in said and "subtracted" in said
+    steps = [
+        pgd.make_dataset(x, pgd.Config(horizon=8)).steps for x in (found, read_log(save(made)))
+    ]
+    np.testing.assert_allclose(steps[0], steps[1], atol=1e-4)
+    assert not capsys.readouterr().err
+
+
+def test_far_observations_are_centred_with_their_successors(save):
+    made = with_successors(log(4, 50))
+    far = made | {k: made[k] + 1.7e9 for k in ("observations", "next_observations")}
+    found = read_log(save(far))
+    gap = found["next_observations"] - found["observations"]
+    np.testing.assert_allclose(gap, made["next_observations"] - made["observations"], atol=1e-4)
+    assert ends(found) == [49, 99, 149, 199]
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-12, 1e9])
+def test_the_unit_of_an_observation_does_not_matter(save, scale):
+    made = with_successors(log(4, 50))
+    scaled = made | {k: made[k] * scale for k in ("observations", "next_observations")}
+    scaled["timeouts"] = made["timeouts"] & False
+    found = read_log(save(scaled))
+    assert ends(found) == [49, 99, 149, 199]  # found by the successors
+    steps = [pgd.make_dataset(x, pgd.Config(horizon=8)).steps for x in (found, made)]
+    np.testing.assert_allclose(steps[0], steps[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 5.3, -1e9, 1e-9])
+def test_a_constant_observation_is_0_when_standardised(value):
+    made = log(4, 50)
+    made["observations"][:, 1] = value
+    steps = np.asarray(pgd.make_dataset(made, pgd.Config(horizon=8)).steps)
+    np.testing.assert_array_equal(steps[:, 1], 0.0)
+    assert np.isfinite(steps).all()
+
+
+@pytest.mark.parametrize(
+    "key, value", [("observations", 1e38), ("actions", -3e38), ("rewards", 1e30)]
+)
+def test_one_number_that_would_drown_all_others_is_refused(save, key, value):
+    made = log(4, 50)
+    made[key][7] = value
+    with pytest.raises(
+        UserError, match=rf"{key} reaches \de\+\d+ in row 7|{key} reaches .* in row 7"
+    ):
+        read_log(save(made))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float32, np.float64, np.uint8])
+def test_actions_that_are_indices_are_refused_unless_asked_for(save, dtype, capsys):
+    made = log(4, 50)
+    made["actions"] = (made["actions"] > 0).astype(dtype)
+    path = save(made)
+    with pytest.raises(UserError, match="the integers 0 to 1.*--discrete-as-continuous"):
+        data.load(None, path)
+    assert data.load(None, path, discrete=True).log["actions"].max() == 1.0
+    made["actions"] = np.sign(log(4, 50)["actions"])  # a saturated controller
+    read_log(save(made))
+
+
+# --- Files ---
+
+
+@pytest.mark.parametrize("name", ["log.HDF5", "log.h5py", "log", "log.data"])
+def test_a_file_is_known_by_its_content(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    os.rename(write_hdf5(tmp_path / "x", log(4, 50)), tmp_path / name)
+    assert "200 in 4 ended episodes" in data_command(capsys, monkeypatch, "info", name)
+    assert len(data.load(None, name).log["rewards"]) == 200
+
+
+@pytest.mark.parametrize("name", ["log.NPZ", "log", "log.hdf5"])
+def test_an_npz_is_known_by_its_content(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", **log(4, 50))
+    os.rename("x.npz", name)
+    assert "200 in 4 ended episodes" in data_command(capsys, monkeypatch, "info", name)
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.savez(tmp_path / "x.npz", **log(4, 50))
+    assert len(data.load(None, "~/x.npz").log["rewards"]) == 200
+    assert "200 in 4" in data_command(capsys, monkeypatch, "info", "~/x.npz")
+
+
+def test_info_of_a_file_with_its_task_and_an_open_tail(tmp_path, monkeypatch, capsys):
+    made = log(3, 200)
+    made["timeouts"][599] = False
+    np.savez(tmp_path / "x.npz", **made)
+    said = data_command(capsys, monkeypatch, "info", tmp_path / "x.npz", "--env", "pendulum-medium")
+    assert "600 in 2 ended episodes of 200 to 200, and 200 of an episode that has not ended" in said
+    assert "score" in said
+    made["terminals"][[50, 199]] = 1.0
+    np.savez(tmp_path / "x.npz", **made)
+    said = data_command(capsys, monkeypatch, "info", tmp_path / "x.npz")
+    assert "2 terminals, 2 timeouts, 1 steps are both and count as terminals" in said
+
+
+def test_a_folder_a_pickle_and_rlds_are_one_clear_line(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "log.pkl").write_bytes(b"\x80\x04\x95rest")
+    (tmp_path / "a.tfrecord-00000-of-00001").write_bytes(b"abcdefg")
+    for name, message in [("folder", "is a folder"), ("log.pkl", "a Python pickle.*numpy.savez"),
+                          ("a.tfrecord-00000-of-00001", "is RLDS")]:  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            data.load(None, tmp_path / name)
+
+
+def test_a_file_that_is_being_written_is_called_locked(tmp_path):
+    path = write_hdf5(tmp_path / "a.hdf5", log(4, 50))
+    code = (
+        "import h5py, sys, time\n"
+        "with h5py.File(sys.argv[1], 'r+') as f:\n"
+        "    print('open', flush=True); time.sleep(60)"
+    )
+    env = os.environ | {"HDF5_USE_FILE_LOCKING": "TRUE"}
+    writer = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=-1, env=env)
+    try:
+        writer.stdout.readline()
+        with pytest.raises(UserError, match="is locked, since another program is writing it"):
+            read_log(path)
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+def test_a_filter_that_is_not_installed_is_named_as_the_cause(tmp_path):
+    with h5py.File(write_hdf5(tmp_path / "a.hdf5", log(4, 50)), "r+") as f:
+        rewards = f["rewards"][:]
+        del f["rewards"]
+        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plist.set_chunk((200,))
+        plist.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, (3,))  # Zstandard
+        space = h5py.h5s.create_simple((200,))
+        x = h5py.h5d.create(f.id, b"rewards", h5py.h5t.NATIVE_DOUBLE, space, plist)
+        x.write_direct_chunk((0,), rewards.tobytes(), 0)
+    with pytest.raises(UserError, match="compressed with a filter that is not installed"):
+        read_log(tmp_path / "a.hdf5")
+
+
+@pytest.mark.parametrize(
+    "key, shape, message",
+    [
+        ("actions", (200,), r"actions has shape \(200,\), it should be \(200, A\)"),
+        ("observations", (200,), r"observations has shape \(200,\), it should be \(200, O\)"),
+        ("observations", (200, 8, 8, 3), "images are not supported"),
+        ("next_observations", (200, 8, 8, 3), "images are not supported"),
+    ],
+)
+def test_wrong_shapes_say_the_right_one(save, key, shape, message):
+    with pytest.raises(UserError, match=message):
+        read_log(save(log(4, 50) | {key: np.zeros(shape, np.float32)}))
+
+
+# --- Layouts ---
+
+
+def same(found: dict, made: dict) -> None:
+    for key in ("observations", "actions", "rewards"):
+        np.testing.assert_allclose(found[key], np.float32(made[key]), rtol=1e-6)
+    assert ends(found) == ends(made) and ends(found, "terminals") == ends(made, "terminals")
+
+
+def half_terminal() -> dict:
+    """Episodes 0 and 2 end in a terminal, 1 and 3 by a time-out."""
+    made = log(4, 50)
+    made["terminals"][[49, 149]] = 1
+    made["timeouts"][[49, 149]] = False
+    return made
+
+
+LAYOUTS = {
+    "gymnasium": lambda m: {
+        "obs": m["observations"], "action": m["actions"], "reward": m["rewards"],
+        "terminations": m["terminals"] > 0, "truncations": m["timeouts"],
+    },
+    "CleanRL": lambda m: {
+        "observations": m["observations"], "actions": m["actions"], "rewards": m["rewards"],
+        "dones": m["terminals"] + m["timeouts"], "truncated": m["timeouts"],
+    },
+    "d3rlpy 1": lambda m: {
+        "observations": m["observations"], "actions": m["actions"], "rewards": m["rewards"],
+        "terminals": m["terminals"], "episode_terminals": m["terminals"] + m["timeouts"],
+    },
+    "terminated": lambda m: {
+        "state": m["observations"], "acts": m["actions"], "rews": m["rewards"],
+        "terminated": m["terminals"], "truncated": m["timeouts"],
+    },
+    "DSRL": lambda m: m | {"costs": np.ones(200)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_same_arrays_under_other_names(save, name):
+    made = half_terminal()
+    same(read_log(save(LAYOUTS[name](made))), made)
+
+
+def test_stable_baselines_logs_mark_the_starts_of_episodes(save, capsys):
+    made = log(4, 50)
+    starts = np.roll(made["timeouts"], 1)
+    arrays = {"obs": made["observations"], "actions": made["actions"], "rewards": made["rewards"],
+              "episode_starts": starts, "episode_returns": np.full(4, 50.0)}  # fmt: skip
+    same(read_log(save(arrays)), made)
+    assert "all ends are taken as time-outs" in capsys.readouterr().err
+    made = half_terminal()
+    arrays["dones"] = made["terminals"] > 0
+    same(read_log(save(arrays)), made)
+
+
+def test_imitation_logs(tmp_path, capsys):
+    made = with_successors(half_terminal())
+    arrays = {"obs": made["observations"], "acts": made["actions"], "rews": made["rewards"],
+              "next_obs": made["next_observations"], "dones": made["terminals"] > 0,
+              "infos": np.array([{}] * 200)}  # fmt: skip
+    np.savez(tmp_path / "a.npz", **arrays)
+    found = read_log(tmp_path / "a.npz")  # infos are pickled, and never touched
+    same(found, made)
+    np.testing.assert_allclose(found["next_observations"], made["next_observations"], atol=1e-5)
+
+
+def test_a_file_that_fits_no_layout_says_what_it_has(save):
+    with pytest.raises(UserError, match=r"has no rewards, terminals; it has actions, foo, obs"):
+        read_log(save({"obs": np.zeros((5, 2)), "actions": np.zeros((5, 1)), "foo": np.zeros(5)}))
+
+
+def test_robomimic_demonstrations(tmp_path, capsys):
+    made = half_terminal()
+    with h5py.File(tmp_path / "demo.hdf5", "w") as f:
+        for i in (10, 2, 1, 0):  # their order is that of the numbers: 0, 1, 2, 10
+            at = slice(50 * [0, 1, 2, 10].index(i), 50 * [0, 1, 2, 10].index(i) + 50)
+            demo = f.create_group(f"data/demo_{i}")
+            demo["obs/pos"] = made["observations"][at, :2]
+            demo["obs/vel"] = made["observations"][at, 2]
+            demo["obs/agentview_image"] = np.zeros((50, 4, 4, 3), np.uint8)
+            demo["actions"], demo["rewards"] = made["actions"][at], made["rewards"][at]
+            demo["dones"] = made["terminals"][at].astype(np.int64)
+            demo["states"] = np.zeros((50, 9))
+    same(read_log(tmp_path / "demo.hdf5"), made)
+    said = capsys.readouterr().err
+    assert (
+        "4 demonstrations, observations pos, vel" in said and "agentview_image are not used" in said
+    )
+
+
+def test_d3rlpy_2(tmp_path):
+    made = half_terminal()
+    with h5py.File(tmp_path / "d3.h5", "w") as f:
+        for i in range(4):
+            at = slice(50 * i, 50 * i + 50)
+            f[f"observations_{i}"] = made["observations"][at]
+            f[f"actions_{i}"] = made["actions"][at]
+            f[f"rewards_{i}"] = made["rewards"][at, None]
+            f[f"terminated_{i}"] = i % 2 == 0
+        f["total_size"], f["version"] = 4, "2.0"
+    same(read_log(tmp_path / "d3.h5"), made)
+
+
+@pytest.mark.parametrize("where", ["data/main_data.hdf5", "data", "."])
+def test_a_minari_set_by_its_path(tmp_path, where):
+    made = half_terminal()
+    (tmp_path / "data").mkdir()
+    with h5py.File(tmp_path / "data" / "main_data.hdf5", "w") as f:
+        for i in range(4):
+            at = slice(50 * i, 50 * i + 50)
+            episode = f.create_group(f"episode_{i}")
+            last = np.full((1, 3), float(i))
+            whole = np.concatenate([made["observations"][at], last])
+            episode["observations/state"], episode["observations/z"] = whole[:, :2], whole[:, 2:]
+            episode["actions"], episode["rewards"] = made["actions"][at], made["rewards"][at]
+            episode["terminations"] = made["terminals"][at] > 0
+            episode["truncations"] = made["timeouts"][at]
+    (tmp_path / "data" / "metadata.json").write_text(json.dumps({"env_spec": "never read"}))
+    found = data.load(None, tmp_path / where).log
+    same(found, made)
+    np.testing.assert_array_equal(found["next_observations"][[49, 99]], [[0.0] * 3, [1.0] * 3])
+
+
+# --- The published logs are what they were ---
+
+
+@pytest.mark.parametrize(
+    "name, episodes, mean",
+    [
+        ("safety-halfcheetah-train", 18, 1769.0),
+        ("friction-hopper", 218, None),
+        ("simglucose", 62, None),
+        ("door-human-v0", 25, None),
+    ],
+)
+def test_published_logs_are_unchanged_in_count_and_return(name, episodes, mean, capsys):
+    path = real_log(f"{name}.hdf5")
+    found = read_log(path)
+    assert not capsys.readouterr().err
+    returns, lengths = data.episode_returns(found)
+    assert len(returns) == episodes and lengths.sum() == len(found["rewards"])
+    if mean:
+        assert returns.mean() == pytest.approx(mean, rel=1e-3)
+    with h5py.File(path) as f:
+        for key in f:
+            np.testing.assert_array_equal(np.asarray(f[key]).astype(found[key].dtype), found[key])
