@@ -4,6 +4,7 @@
     python data.py info halfcheetah-medium                  # sizes, returns, actions, hash
     python data.py download halfcheetah-medium              # D4RL's file, resumed and verified
     python data.py collect halfcheetah-medium               # a log of policies in policies/
+    python data.py convert demo.hdf5 log.npz                # D4RL's layout, from other libraries'
     python data.py train-policy hopper --out runs/hopper    # a behaviour policy and its snapshots
     python data.py measure hopper                           # mean returns of hopper's policies
 
@@ -618,6 +619,40 @@ def collect_command(
     print(f"{out or path}: {provenance}")
 
 
+def convert_command(
+    source: tyro.conf.Positional[str], target: tyro.conf.Positional[str], env: str | None = None
+) -> None:
+    """Write a log in D4RL's layout or as a Minari data set.
+
+    Args:
+        source: HDF5 or npz file in any layout of docs/logs.md, or name of a task
+        target: FILE.hdf5, FILE.npz or minari:ENV/DATA-v0
+        env: name of the task that a file is a log of
+    """
+    refuse_existing_export(target)
+    task = load(env, source, discrete=True) if is_file(source) else load(source)
+    log = task.log
+    if target.startswith("minari:") and SUCCESSORS not in log:
+        log = with_successors(log)
+    export(target, log, task, f"{task.source}, converted")
+    returns, _ = episode_returns(log)
+    print(f"{target}: {len(log['rewards']):,} steps, {len(returns):,} ended episodes")
+
+
+def with_successors(log: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A log -> the same with next_observations, less the last step of each episode that ends by a
+    time-out: what follows it is not known."""
+    end = log["terminals"] | log["timeouts"]
+    unknown = log["timeouts"] & ~log["terminals"]
+    unknown[-1] |= not end[-1]
+    say(f"the log lacks next_observations; {unknown.sum():,} last steps before time-outs are left "
+        "out")  # fmt: skip
+    after = np.where(end[:, None], log["observations"], np.roll(log["observations"], -1, axis=0))
+    before = np.append(unknown[1:], False) & ~end  # these steps end their episodes now
+    whole = log | {SUCCESSORS: after, "timeouts": log["timeouts"] & ~unknown | before}
+    return {key: x[~unknown] for key, x in whole.items()}
+
+
 def train_policy_command(settings: tyro.conf.OmitArgPrefixes[PolicyTraining]) -> None:
     """Train a behaviour policy by SAC and save a snapshot at every evaluation."""
     import agents
@@ -644,6 +679,7 @@ def main() -> None:
         "info": info_command,
         "download": download_command,
         "collect": collect_command,
+        "convert": convert_command,
         "train-policy": train_policy_command,
         "measure": measure_command,
     }

@@ -482,6 +482,29 @@ def test_a_minari_set_by_its_path(tmp_path, where):
     np.testing.assert_array_equal(found["next_observations"][[49, 99]], [[0.0] * 3, [1.0] * 3])
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("target", ["out.hdf5", "out.npz", "minari:toy/converted-v0"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_converted_log_is_the_same_log(tmp_path, monkeypatch, capsys, target, known):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    made = with_successors(half_terminal()) if known else half_terminal()
+    np.savez("in.npz", **LAYOUTS["d3rlpy 1"](made), **{k: made[k] for k in made if "next" in k})
+    said = data_command(capsys, monkeypatch, "convert", "in.npz", target)
+    minari = target.startswith("minari:")
+    found = data.load(target).log if minari else read_log(target)
+    keep = np.ones(200, bool)
+    if minari and not known:  # nobody knows what came after a time-out
+        keep[[99, 199]] = False
+        made["timeouts"][[98, 198]] = True
+    assert f"{target}: {keep.sum()} steps, 4 ended episodes" in said
+    same(found, {key: x[keep] for key, x in made.items()})
+    assert ("next_observations" in found) == (known or minari)
+    with pytest.raises(SystemExit):
+        data_command(capsys, monkeypatch, "convert", "in.npz", target)
+    assert "already" in capsys.readouterr().err
+
+
 # --- The published logs are what they were ---
 
 
