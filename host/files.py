@@ -181,7 +181,10 @@ def _opened(path: Path) -> Iterator[str]:
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; fetch or write it again")
     with open(path, "rb") as f:
-        first = f.read(2)
+        start = f.read(24)
+    first = start[:2]
+    if start == b"version https://git-lfs.":
+        raise UserError(f"{path} is a pointer of Git LFS, not the file; git lfs pull fetches it")
     kind = "npz" if first == b"PK" or path.suffix.lower() == ".npz" else "HDF5"
     if first[:1] == b"\x80" and first[1:] in b"\2\3\4\5":
         raise UserError(

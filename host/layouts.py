@@ -3,7 +3,8 @@
     log, said = read("demo.hdf5")   # D4RL's names; said: a phrase about what was left out, or ""
 
 D4RL's and those of Stable-Baselines3, imitation, d3rlpy, CORL and TorchRL differ in names alone.
-robomimic, d3rlpy version 2 and Minari keep a group for each episode.
+robomimic, d3rlpy version 2 and Minari keep a group for each episode, imitation the places where
+episodes are split.
 """
 
 import re
@@ -38,7 +39,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], str]:
             raise UserError(f"{path} is a folder; give the HDF5 or npz file in it")
         path = inside[0]
     found = list_arrays(path)
-    for adapter in (robomimic, minari_file, d3rlpy):
+    for adapter in (robomimic, minari_file, d3rlpy, imitation):
         log = adapter(path, found)
         if log is not None:
             return log
@@ -197,3 +198,32 @@ def d3rlpy(path: Path, found: dict) -> tuple[dict[str, np.ndarray], str] | None:
             }
         )
     return join(episodes), f"d3rlpy's layout: {len(groups)} episodes"
+
+
+def imitation(path: Path, found: dict) -> tuple[dict[str, np.ndarray], str] | None:
+    """imitation's rollouts: acts (N, A) and rews (N,) of E episodes, split at indices (E - 1,); obs
+    with one row more for each episode; terminal (E,), whether an episode has ended."""
+    if not {"obs", "acts", "rews", "indices", "terminal"} <= set(found):
+        return None
+    arrays = read_arrays(path, ("obs", "acts", "rews", "indices", "terminal"))
+    cuts = arrays["indices"].astype(int)
+    num, terminal = len(arrays["acts"]), arrays["terminal"].astype(bool)
+    lengths = np.diff(np.concatenate([[0], cuts, [num]]))
+    if len(terminal) != len(lengths) or lengths.min() < 1:
+        raise UserError(f"{path}: indices do not split {num} steps into {len(terminal)} episodes")
+    if len(arrays["obs"]) != num + len(lengths):
+        raise UserError(f"{path}: obs should have one row more than acts for each episode")
+    last = np.cumsum(lengths) - 1  # rows of actions
+    first = np.cumsum(lengths + 1) - 1  # the observation after each episode
+    ends = np.zeros((2, num), bool)
+    ends[0, last], ends[1, last] = terminal, ~terminal
+    log = {
+        "observations": np.delete(arrays["obs"], first, axis=0),
+        "actions": arrays["acts"].reshape(num, -1),
+        "rewards": arrays["rews"],
+        "terminals": ends[0],
+        "timeouts": ends[1],
+        "next_observations": np.delete(arrays["obs"], np.append(0, first[:-1] + 1), axis=0),
+    }
+    said = "imitation's layout; an episode that ended at a limit of steps counts as terminal there"
+    return log, said

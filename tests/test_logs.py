@@ -306,8 +306,10 @@ def test_a_folder_a_pickle_and_rlds_are_one_clear_line(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "log.pkl").write_bytes(b"\x80\x04\x95rest")
     (tmp_path / "a.tfrecord-00000-of-00001").write_bytes(b"abcdefg")
+    (tmp_path / "a.npz").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
     for name, message in [("folder", "is a folder"), ("log.pkl", "a Python pickle.*numpy.savez"),
-                          ("a.tfrecord-00000-of-00001", "is RLDS")]:  # fmt: skip
+                          ("a.tfrecord-00000-of-00001", "is RLDS"),
+                          ("a.npz", "is a pointer of Git LFS")]:  # fmt: skip
         with pytest.raises(UserError, match=message):
             data.load(None, tmp_path / name)
 
@@ -414,7 +416,29 @@ def test_stable_baselines_logs_mark_the_starts_of_episodes(save, capsys):
     same(read_log(save(arrays)), made)
 
 
-def test_imitation_logs(tmp_path, capsys):
+def test_imitation_rollouts(tmp_path, capsys):
+    """As rollout.save of imitation 0.x writes them; checked by hand on its own test data."""
+    made = with_successors(half_terminal())
+    after = made["next_observations"][49::50]
+    obs = np.concatenate([np.r_[made["observations"][50 * i : 50 * i + 50], after[i : i + 1]]
+                          for i in range(4)])  # fmt: skip
+    arrays = {
+        "obs": obs,
+        "acts": made["actions"],
+        "rews": made["rewards"],
+        "indices": np.array([50, 100, 150]),
+        "terminal": made["terminals"][49::50] > 0,
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    found = read_log(tmp_path / "a.npz")
+    same(found, made)
+    np.testing.assert_allclose(found["next_observations"], made["next_observations"], atol=1e-5)
+    np.savez(tmp_path / "b.npz", **arrays | {"indices": np.array([50, 100])})
+    with pytest.raises(UserError, match="do not split 200 steps into 4 episodes"):
+        read_log(tmp_path / "b.npz")
+
+
+def test_imitation_transitions(tmp_path, capsys):
     made = with_successors(half_terminal())
     arrays = {"obs": made["observations"], "acts": made["actions"], "rews": made["rewards"],
               "next_obs": made["next_observations"], "dones": made["terminals"] > 0,
