@@ -387,13 +387,19 @@ def reopen(given: Flags) -> tuple[Flags, str]:
 
 def from_saved(saved: dict, path: Path) -> Flags:
     """config.json's settings -> Flags. Raises UserError, naming the field, where they are another
-    version's."""
+    version's or cannot be."""
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is damaged; start the run again")
     hyper = saved.pop("hyper", {})
     known = {f.name for cls in (flags.Job, Config) for f in dataclasses.fields(cls)}
     if differ := sorted(set(saved) ^ known):
         field = f"it has {differ[0]}" if differ[0] in saved else f"it lacks {differ[0]}"
         raise UserError(f"{path} is of another version of this program: {field}")
-    return flags.from_values(saved, hyper)
+    if wrong := flags.misfit(saved, hyper):
+        raise UserError(f"{path} is damaged: {wrong}; restore it")
+    given = flags.from_values(saved, hyper)
+    flags.check(given)
+    return given
 
 
 def notes(session: Session) -> None:

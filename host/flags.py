@@ -9,7 +9,7 @@ import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import agents
 import data
@@ -309,6 +309,39 @@ def from_values(values: dict[str, Any], hyper: dict[str, Any]) -> Flags:
     return Flags(of(Job), of(Config), hyper)
 
 
+def misfit(values: dict[str, Any], hyper: Any) -> str | None:
+    """Settings from a file -> what has another type than it should, if anything."""
+    for cls in (Job, Config):
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if not fits(values[field.name], hints[field.name]):
+                return f"{field.name} is {str(values[field.name])[:40]!r}"
+    try:
+        known = agents.hyperparameters(values["agent"])
+        for name, value in dict(hyper).items():
+            if name not in known or not fits(value, known[name].type):
+                return f"hyper.{name} is {str(value)[:40]!r}"
+        agents.make_agent(values["agent"], **hyper)
+    except (TypeError, ValueError) as e:
+        return " ".join(str(e).split())
+    return None
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """True if a value from a JSON file, with tuples for lists, has the type that a hint names."""
+    inside = get_args(kind)
+    if get_origin(kind) is Literal:
+        return any(value == x and type(value) is type(x) for x in inside)
+    if kind is tuple or get_origin(kind) is tuple:
+        of = inside[0] if inside else int
+        return isinstance(value, tuple) and all(fits(x, of) for x in value)
+    if inside:  # a union
+        return any(fits(value, x) for x in inside)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) is kind and (kind is not int or abs(value) < 2**63)
+
+
 # --- Whether it can work ---
 
 AT_LEAST_ONE = (
@@ -404,7 +437,9 @@ def rules(j: Job, c: Config) -> Iterator[tuple[str, bool]]:
     )
     yield "--real-batch must lie between 0 and --batch-size", 0 <= c.real_batch <= c.batch_size
     yield "--sigma-min must lie between 0 and --sigma-max", 0 < c.sigma_min < c.sigma_max
-    yield "--rho and --p-std must be above 0", c.rho > 0 and c.p_std > 0
+    yield "--sigma-max must be at most 1,000,000", c.sigma_max <= 1e6
+    yield "--rho must lie between 0.1 and 100", 0.1 <= c.rho <= 100
+    yield "--p-std must lie between 0 and 10", 0 < c.p_std <= 10
     yield "--fit-lr must be above 0", c.fit_lr > 0
     yield "--ema must be at least 0 and below 1", 0 <= c.ema < 1
     yield "--s-churn and --eta must be at least 0", min(c.s_churn, c.eta) >= 0

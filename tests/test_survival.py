@@ -16,7 +16,7 @@ from test_run_folder import ALONE, TINY, mistake, read_final, run
 import agents
 import data
 import pgd
-from host import run_folder, spread
+from host import cli, flags, run_folder, spread
 from host.errors import UserError
 
 
@@ -219,13 +219,12 @@ def test_part_files_of_others_are_left_alone(copy):
 def test_a_folder_cannot_say_where_to_write(copy, tmp_path, capsys):
     place = copy / "config.json"
     about = json.loads(place.read_text())
-    about["config"]["export"] = str(tmp_path / "elsewhere.npz")
+    about["config"] |= {"export": str(tmp_path / "elsewhere.npz"), "synthetic": "diffusion"}
     place.write_text(json.dumps(about))
-    (copy / "checkpoint" / run_folder.STATE).unlink()
-    (copy / "checkpoint" / run_folder.PREVIOUS).unlink(missing_ok=True)
-    run("--resume", copy)
-    assert not (tmp_path / "elsewhere.npz").exists()
-    assert "give --export again" in capsys.readouterr().err
+    given, _ = cli.reopen(flags.parse(["--resume", str(copy)]))
+    assert given.job.export is None and "give --export again" in capsys.readouterr().err
+    given, _ = cli.reopen(flags.parse(["--resume", str(copy), "--export", "here.npz"]))
+    assert given.job.export == "here.npz"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +236,41 @@ def test_a_checkpoint_is_bound_to_its_settings(copy, capsys, field, value):
     (copy / "config.json").write_text(json.dumps(about))
     said = mistake(capsys, "--resume", copy)
     assert f"is of a run with {field} " in said and f"config.json says {value}" in said
+
+
+STRANGE = (
+    None, "x", "", -1, 0, 1e308, [], {}, True, 3.5, 10**30, [[1]], "\x1b[2J", 1e-30, ["a"], {"a": 1}
+)  # fmt: skip
+
+
+def test_settings_of_any_type_are_accepted_or_one_clear_line(copy):
+    """1,200 files: each setting in turn has each strange value. None of them is a traceback."""
+    place = copy / "config.json"
+    about, refused, tried = json.loads(place.read_text()), 0, 0
+    for name in about["config"]:
+        for value in STRANGE:
+            changed = about | {"config": about["config"] | {name: value}}
+            place.write_text(json.dumps(changed))
+            tried += 1
+            try:
+                given, _ = cli.reopen(flags.parse(["--resume", str(copy)]))
+                flags.check_agent(given, flags.sweep_points(given))
+            except UserError as e:
+                refused += 1
+                assert str(e).isprintable()
+    assert tried > 1_000 and refused > 0.9 * tried
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "", "null", "[]", "7", '{"config": {}, "data": {}}', "\0\0",
+     '{"config": null, "data": {"fingerprint": 1}}', '{"config": [], "data": {"fingerprint": 1}}',
+     '{"config": {"hyper": 3}, "data": {"fingerprint": "x"}}'],
+)  # fmt: skip
+def test_a_config_that_is_none_is_one_clear_line(copy, capsys, text):
+    (copy / "config.json").write_text(text)
+    said = mistake(capsys, "--resume", copy)
+    assert "is damaged" in said or "is of another version" in said
 
 
 @pytest.mark.parametrize("fingerprint", [None, "0" * 16])
