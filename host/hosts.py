@@ -1,5 +1,6 @@
 """Several hosts: finding each other, and gathering results."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -20,6 +21,8 @@ def start_hosts(coordinator: str | None, num_hosts: int | None, host: int | None
         raise UserError("give all three of --coordinator, --num-hosts and --host, or none")
     if all(given) and not 0 <= host < num_hosts:
         raise UserError(f"--host {host} must be at least 0 and below --num-hosts {num_hosts}")
+    with contextlib.suppress(AttributeError):  # else JAX keeps SIGTERM for itself, and a
+        jax.config.update("jax_enable_preemption_service", False)  # preempted host saves nothing
     try:
         jax.distributed.initialize(coordinator, num_hosts, host)
     except (ValueError, RuntimeError) as e:

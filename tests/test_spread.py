@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -568,6 +570,34 @@ def test_two_hosts_share_the_seeds_and_host_0_has_the_table(tmp_path):
     for i in range(2):  # each wrote its own seeds, points and all
         own = json.loads((both / f"host{i}" / "final.json").read_text())
         assert own["seeds"] == [5 + i, 5 + i]
+
+
+@pytest.mark.slow
+def test_two_hosts_find_each_other_by_the_variables_of_slurm_and_resume(tmp_path):
+    """Without --coordinator; killed by SLURM's signal, the same command goes on."""
+    both, hosts = tmp_path / "two", None
+    flags = ["--distributed", "--num-seeds", "2", "--rounds", "400"]
+
+    def start(*args):
+        job = str(np.random.default_rng().integers(10**6))  # the port follows from it
+        slurm = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2",
+                 "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2"}  # fmt: skip
+        return [run_cli(*args, env=os.environ | slurm | {"SLURM_PROCID": str(i)}) for i in range(2)]
+
+    hosts = start(*TINY, *flags, "--out", str(both))
+    until = time.monotonic() + 300
+    while len(list(both.glob("host*/metrics.csv"))) < 2 and time.monotonic() < until:
+        assert all(h.poll() is None for h in hosts), [h.communicate() for h in hosts]
+        time.sleep(0.05)
+    for h in hosts:
+        h.send_signal(signal.SIGTERM)
+    answers = [h.communicate(timeout=60) for h in hosts]
+    assert [h.returncode for h in hosts] == [143, 143], answers
+    assert not (both / "final.json").exists()
+    hosts = start("--distributed", "--resume", str(both))
+    answers = [h.communicate(timeout=600) for h in hosts]
+    assert [h.returncode for h in hosts] == [0, 0], answers
+    assert json.loads((both / "final.json").read_text())["seeds"] == [0, 1]
 
 
 @pytest.mark.slow
