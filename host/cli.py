@@ -7,7 +7,7 @@ finished = train(session, folder)     # pgd.run with hooks that save, evaluate a
 import contextlib
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import os
 import sys
 import time
@@ -30,7 +30,7 @@ from baselines.paper_guide import make_paper_guide
 from baselines.world_model import Config, make_world_model
 from host import collect, devices, envs, export, fitted, flags, hosts, run_folder, spread
 from host.errors import UserError
-from host.files import say
+from host.files import require, say
 from host.flags import Flags
 from host.progress import Progress, summary
 from host.signals import leave, leave_on_signals, signals
@@ -92,17 +92,9 @@ def check_machine(given: Flags) -> None:
             "leave JAX_PLATFORMS unset"
         ) from e
     entry = data.resolve(given.job.env) if given.job.env else None
-    renderer = os.environ.get("MUJOCO_GL")
-    if entry and entry.simulator and entry.simulator not in envs.GYMNAX and renderer:
-        try:
-            importlib.import_module("mujoco")
-        except ModuleNotFoundError:
-            pass  # data.load says what to install
-        except Exception as e:  # whatever a renderer's library raises where it is missing
-            raise UserError(
-                f"MuJoCo cannot be imported with MUJOCO_GL={renderer} ({e}); install its library, "
-                "or set MUJOCO_GL=disable"
-            ) from e
+    in_mujoco = entry and entry.simulator and entry.simulator not in envs.GYMNAX
+    if in_mujoco and importlib.util.find_spec("mujoco"):  # without it data.load goes on
+        require("mujoco", "gymnasium[mujoco]")
 
 
 def lay_out(given: Flags, points: list[dict[str, float]]) -> spread.Layout:

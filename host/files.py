@@ -42,6 +42,10 @@ def require(module: str, package: str):
         return importlib.import_module(module)
     except ImportError as e:
         raise UserError(f"{module} cannot be imported ({e}); pip install {package}") from e
+    except Exception as e:  # whatever a renderer's library raises where it is missing
+        gl = os.environ.get("MUJOCO_GL")
+        how = f"with MUJOCO_GL={gl}; install its library, or set MUJOCO_GL=disable" if gl else ""
+        raise UserError(f"{module} cannot be imported ({' '.join(str(e).split())}) {how}") from e
 
 
 def make_folder(folder: Path, variable: str) -> None:
