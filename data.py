@@ -137,7 +137,7 @@ def load(name: str | None = None, path: str | None = None, discrete: bool = Fals
     Raises UserError if the name is unknown, the log cannot be had, or a file is not a valid log.
     """
     if path is not None:
-        found = _open_file(Path(path).expanduser(), name, discrete)
+        found = _open_file(expand(path), name, discrete)
     elif name is None:
         raise UserError("name a task or give a file")
     else:
@@ -162,6 +162,14 @@ def load(name: str | None = None, path: str | None = None, discrete: bool = Fals
     return Task(
         found.name, log, low, high, found.source, found.kind, simulator, found.reference, found.path
     )
+
+
+def expand(path: str | Path) -> Path:
+    """A path with ~ for a home folder -> the whole path. Raises UserError."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:
+        raise UserError(f"{path}: {e}") from e
 
 
 def rules_of(entry: "Entry") -> Rules:
@@ -418,7 +426,8 @@ def replay_error(task: Task, num: int = 1000) -> tuple[np.ndarray, str]:
     after = log[SUCCESSORS][rows] if SUCCESSORS in log else log["observations"][rows + 1]
     copies = sim.MujocoEnvs(task.simulator, len(rows))
     states, what = read_states(task.path, rows), "infos/qpos and infos/qvel"
-    if states is None:
+    sizes = [(len(rows), copies.num_qpos), (len(rows), copies.num_qvel)]
+    if states is None or [x.shape for x in states] != sizes:
         states = sim.state_from_obs(log["observations"][rows], copies.num_qpos)
         what = "observations"
     made = sim.observe(copies.body, *copies.physics(*states, log["actions"][rows]))
@@ -430,11 +439,13 @@ def replay_error(task: Task, num: int = 1000) -> tuple[np.ndarray, str]:
 def read_states(path: Path | None, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """A file and row numbers (n,) -> infos/qpos (n, Q), infos/qvel (n, V); None if the file has no
     simulator states."""
-    if path is None or path.suffix == ".npz":
+    if path is None or path.is_dir() or not require("h5py", "h5py").is_hdf5(path):
         return None
     with require("h5py", "h5py").File(path, "r") as f:
         qpos, qvel = (own_dataset(f, key) for key in ("infos/qpos", "infos/qvel"))
-        return None if qpos is None or qvel is None else (qpos[rows], qvel[rows])
+        if qpos is None or qvel is None or min(len(qpos), len(qvel)) <= rows.max():
+            return None
+        return qpos[rows], qvel[rows]
 
 
 # --- Command line ---
@@ -477,7 +488,7 @@ def _list_row(entry: Entry) -> tuple[str, ...]:
 
 def is_file(name: str) -> bool:
     """True if a word of the command line is the path of a log and not a task's name."""
-    path = Path(name).expanduser()
+    path = expand(name)
     suffixes = (".hdf5", ".h5", ".h5py", ".npz", ".pkl", ".pickle")
     return path.suffix.lower() in suffixes or "/" in name and path.exists() or is_log_file(path)
 
@@ -502,7 +513,8 @@ def info_command(
     for key, text in _describe(task, returns, lengths).items():
         print(f"  {key:<13} {printable(text)}")
     print("  episodes by return")
-    counts, edges = np.histogram(returns, bins=12)
+    spread = max(float(np.ptp(returns)), 1e-6 * float(np.abs(returns).max()), 1e-9)
+    counts, edges = np.histogram(returns, 12, (returns.min(), returns.min() + spread))
     for count, low, high in zip(counts, edges, edges[1:]):
         bar = "#" * int(np.ceil(40 * count / counts.max()))
         print(f"  {low:>12.1f} to {high:>10.1f} {count:>8,} {bar}")
@@ -539,7 +551,7 @@ def _describe(task: Task, returns: np.ndarray, lengths: np.ndarray) -> dict[str,
         f"{returns.min():.1f} to {returns.max():.1f}",
         "simulator": task.simulator or "none",
     }
-    if task.simulator in sim.BODIES:
+    if task.simulator in sim.BODIES and (SUCCESSORS in log or tail > 1 or lengths.max() > 1):
         error, what = replay_error(task)
         lines["replays"] = (
             f"error of one step in {task.simulator}: median {np.median(error):.1e}, largest "
@@ -688,7 +700,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError, MemoryError) as e:
-        print(f"data.py: {e}", file=sys.stderr)
+        print(f"data.py: {printable(' '.join(str(e).split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("data.py: interrupted; what has arrived is kept", file=sys.stderr)

@@ -177,15 +177,15 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
     # Standardise every channel of (observation, arctanh of the action, reward, done)
     final_obs = log.get("next_observations", obs[:0])
     final_obs = final_obs[timeouts[: len(final_obs)]]
-    steps = np.full((num + len(final_obs), num_obs + num_act + 2), np.nan, np.float32)
+    kind = np.result_type(obs, np.float32)  # float64 holds values far from 0
+    steps = np.full((num + len(final_obs), num_obs + num_act + 2), np.nan, kind)
     steps[:num, :num_obs], steps[num:, :num_obs] = obs, final_obs
     unit = 2.0 * (action - low) / (high - low) - 1.0
     steps[:num, num_obs:-2] = np.arctanh(np.clip(unit, -0.999, 0.999))
     steps[:num, -2], steps[:num, -1] = log["rewards"], terminals
     mean, std = (f(steps[:num], 0, dtype=np.float64) for f in (np.mean, np.std))
-    std[std <= 1e-6 * np.abs(mean)] = 1.0  # a constant channel
-    steps -= mean.astype(np.float32)
-    steps /= std.astype(np.float32)
+    std[np.ptp(steps[:num], 0) <= 8 * np.finfo(kind).eps * np.abs(mean)] = 1.0  # constant channels
+    steps = ((steps - mean.astype(kind)) / std.astype(kind)).astype(np.float32)
 
     # Windows, successors, and whole episodes that are held out at random
     starts = window_starts(terminals, timeouts, config.horizon)

@@ -154,9 +154,12 @@ def list_arrays(path: Path) -> dict[str, tuple[np.dtype | None, tuple | None]]:
             with zipfile.ZipFile(path) as z:
                 names = [name for name in z.namelist() if name.endswith(".npy")]
                 return {name.removesuffix(".npy"): npy_header(z, name) for name in names}
-        h5py, found = require("h5py", "h5py"), {}
+        h5py, found, seen = require("h5py", "h5py"), {}, set()
 
         def walk(group, prefix: str, depth: int) -> None:
+            if (address := h5py.h5o.get_info(group.id).addr) in seen:
+                return  # the same group under another name
+            seen.add(address)
             for key in group:
                 if not isinstance(group.get(key, getlink=True), h5py.HardLink):
                     found[prefix + key] = None, None  # read_arrays says that it is not followed

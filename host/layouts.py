@@ -1,6 +1,8 @@
 """The layouts in which libraries keep the same arrays, one function for each.
 
-    log, said = read("demo.hdf5")   # D4RL's names; said: a phrase about what was left out, or ""
+    log, said, unsure = read("demo.hdf5")   # arrays under D4RL's names
+
+said is a phrase about what was done, or ""; unsure is true where terminals may be time-outs.
 
 D4RL's and those of Stable-Baselines3, imitation, d3rlpy, CORL and TorchRL differ in names alone.
 robomimic, d3rlpy version 2 and Minari keep a group for each episode, imitation the places where
@@ -21,17 +23,18 @@ NAMES = {  # D4RL's name -> other names of the same array
     "rewards": ("rewards", "reward", "rews"),
     "terminals": ("terminals", "terminations", "terminated", "terminal"),
     "timeouts": ("timeouts", "truncations", "truncated", "timeout"),
-    "next_observations": ("next_observations", "next_observation", "next_obs", "next_states"),
+    "next_observations": ("next_observations", "next_observation", "next_obs"),
 }
+NEXT_STATES = ("next_states", "next_state")  # where the observations are called states
 DONE = ("dones", "done")  # an end of either kind
 LAST = ("episode_terminals", "episode_ends")  # the last step of every episode
 FIRST = ("episode_starts",)  # the first step of every episode
 WIDE = ("observations", "next_observations")  # kept in double precision until they are centred
 
 
-def read(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """A file -> (arrays under D4RL's names, a phrase that says what was done). Raises UserError
-    where it fits no layout."""
+def read(path: Path) -> tuple[dict[str, np.ndarray], str, bool]:
+    """A file -> (arrays under D4RL's names, a phrase that says what was done, whether terminals may
+    be time-outs). Raises UserError where it fits no layout."""
     if path.is_dir():
         inside = [p for p in (path / "main_data.hdf5", path / "data" / "main_data.hdf5")
                   if p.is_file()]  # fmt: skip
@@ -39,11 +42,29 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], str]:
             raise UserError(f"{path} is a folder; give the HDF5 or npz file in it")
         path = inside[0]
     found = list_arrays(path)
-    for adapter in (robomimic, minari_file, d3rlpy, imitation):
-        log = adapter(path, found)
+    for adapter in (robomimic, minari_file, d3rlpy, imitation, flat):
+        try:
+            log = adapter(path, found)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as e:
+            name = adapter.__name__.replace("_", " ")
+            said = " ".join(str(e).split())[:120]
+            raise UserError(f"{path} looks like {name}, but its arrays do not fit ({said})") from e
         if log is not None:
-            return log
-    return flat(path, found)
+            return log if len(log) == 3 else (*log, False)
+
+
+def agree(where: str, num: int, arrays: dict[str, np.ndarray]) -> None:
+    """Raise ValueError where an episode's arrays have another number of rows."""
+    for name, x in arrays.items():
+        if x.ndim == 0 or len(x) != num or num == 0:
+            raise ValueError(f"{where}: {name} has shape {x.shape}, not {num} rows")
+
+
+def flags(x: np.ndarray) -> np.ndarray:
+    """Ends -> bool. Raises ValueError for other numbers than 0 and 1."""
+    if not np.all((x == 0) | (x == 1)):
+        raise ValueError("ends of episodes should be 0 or 1")
+    return x.astype(bool)
 
 
 def pick(found: dict, names: tuple[str, ...]) -> str | None:
@@ -51,45 +72,48 @@ def pick(found: dict, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in found), None)
 
 
-def flat(path: Path, found: dict) -> tuple[dict[str, np.ndarray], str]:
+def flat(path: Path, found: dict):
     """Arrays of N rows each, under D4RL's names or others."""
     chosen = {key: name for key, names in NAMES.items() if (name := pick(found, names))}
-    extra = {key: name for key, names in (("done", DONE), ("last", LAST), ("first", FIRST))
-             if (name := pick(found, names))}  # fmt: skip
-    if "terminals" not in chosen and "done" in extra:
-        chosen["terminals"] = extra.pop("done")
-    elif "terminals" not in chosen and ("first" in extra or "last" in extra):
-        extra.setdefault("none", "")
-    lacking = [key for key in ("observations", "actions", "rewards", "terminals")
-               if key not in chosen and not (key == "terminals" and "none" in extra)]  # fmt: skip
+    if chosen.get("observations") in ("states", "state"):
+        chosen.pop("next_observations", None)
+        if name := pick(found, NEXT_STATES):
+            chosen["next_observations"] = name
+    done, last, first = (pick(found, names) for names in (DONE, LAST, FIRST))
+    lacking = [key for key in ("observations", "actions", "rewards") if key not in chosen]
+    if "terminals" not in chosen and not (done or last or first):
+        lacking.append("terminals")
     if lacking:
         has = ", ".join(sorted(found)[:20]) or "no arrays"
         raise UserError(f"{path} has no {', '.join(lacking)}; it has {has}")
-    names = [*chosen.values(), *(extra[k] for k in ("last", "first") if k in extra)]
+    others = [name for name in (done, last, first) if name]
     wide = tuple(chosen[key] for key in WIDE if key in chosen)
-    arrays = read_arrays(path, tuple(names), wide=wide)
+    arrays = read_arrays(path, (*chosen.values(), *others), wide=wide)
     log = {key: arrays[name] for key, name in chosen.items()}
-    said = []
-    if "none" in extra:
-        log["terminals"] = np.zeros(len(log["rewards"]), bool)
-        said.append("it says where episodes end, not why; all ends are taken as time-outs")
-    if "timeouts" not in log and ("last" in extra or "first" in extra):
-        if "last" in extra:
-            ends = arrays[extra["last"]].astype(bool).ravel()
-        else:
-            ends = np.roll(arrays[extra["first"]].astype(bool).ravel(), -1)
-            ends[-1] = True
-        if len(ends) == len(log["terminals"]):
-            log["timeouts"] = ends & ~log["terminals"].astype(bool).reshape(len(ends), -1)[:, 0]
-    elif chosen["terminals"] in DONE and "timeouts" in log:
-        if log["terminals"].shape == log["timeouts"].shape:
-            log["terminals"] = np.where(log["timeouts"] > 0, 0, log["terminals"])
-    elif chosen["terminals"] in DONE:
-        said.append(f"{chosen['terminals']} is taken as terminals, without time-outs")
+    column = lambda x: x[:, 0] if x.ndim == 2 and x.shape[1] == 1 else x
+    of_ends = {name: flags(column(arrays[name])) for name in others}
+    said, unsure, num = [], False, len(log["rewards"])
+    agree("the log", num, of_ends)
+    if last:
+        ends = of_ends[last]
+    elif first:
+        ends = np.roll(of_ends[first], -1)
+        ends[-1] = True
+    elif done:
+        ends = of_ends[done]
+    if "terminals" not in log:
+        timeouts = flags(column(log["timeouts"])) if "timeouts" in log else np.zeros(num, bool)
+        log["terminals"] = of_ends[done] & ~timeouts if done else np.zeros(num, bool)
+        unsure = bool(done) and "timeouts" not in log
+        if not done:
+            said.append("it says where episodes end, not why; all ends are taken as time-outs")
+        elif unsure and not (last or first):
+            said.append(f"{done} is taken as terminals, without time-outs")
+    if "timeouts" not in log and (last or first or (done and "terminals" in chosen)):
+        log["timeouts"] = ends & ~flags(column(log["terminals"]))
     if "costs" in found or "cost" in found:
         said.append("costs are not used")
-    order = [key for key in NAMES if key in log]
-    return {key: log[key] for key in order}, "; ".join(said)
+    return {key: log[key] for key in NAMES if key in log}, "; ".join(said), unsure
 
 
 def join(episodes: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -103,62 +127,71 @@ def numbered(found: dict, pattern: str) -> list[str]:
     return sorted(parts, key=parts.get)
 
 
-def robomimic(path: Path, found: dict) -> tuple[dict[str, np.ndarray], str] | None:
+def robomimic(path: Path, found: dict):
     """data/demo_N/{obs/*, actions, rewards, dones}: observations are those of one or two axes, in
-    the order of their names. A demonstration ends by a time-out, or where dones says success."""
-    demos = numbered(found, r"data/demo_(\d+)")
+    the order of their names. A demonstration ends at its first success, which dones marks, or else
+    by a time-out."""
+    demos = numbered(found, r"data/demo_(\d{1,9})(?=/)")
     if not demos:
         return None
     first = f"{demos[0]}/obs/"
     channels = sorted(n[len(first) :] for n in found if n.startswith(first))
-    images = [c for c in channels if len(found[first + c][1]) > 2]
+    images = [c for c in channels if len(found[first + c][1] or ()) > 2]
     channels = [c for c in channels if c not in images]
     if not channels:
         raise UserError(f"{path}: {first} has no observations but images, which are not supported")
     names = [f"{demo}/obs/{c}" for demo in demos for c in channels]
     names += [f"{demo}/{key}" for demo in demos for key in ("actions", "rewards", "dones")]
-    arrays = read_arrays(path, tuple(names))
-    episodes = []
+    arrays = read_arrays(path, tuple(names), wide=tuple(n for n in names if "/obs/" in n))
+    episodes, cut = [], 0
     for demo in demos:
         columns = [arrays[f"{demo}/obs/{c}"] for c in channels]
+        action, reward, done = (arrays[f"{demo}/{key}"] for key in ("actions", "rewards", "dones"))
+        agree(demo, len(action), dict(zip(channels, columns)) | {"rewards": reward, "dones": done})
         columns = [x.reshape(len(x), -1) for x in columns]
-        terminal = arrays[f"{demo}/dones"].astype(bool)
-        timeout = np.zeros_like(terminal)
-        timeout[-1] = not terminal[-1]
+        terminal = flags(done).ravel()
+        end = int(np.argmax(terminal)) + 1 if terminal.any() else len(terminal)
+        cut += len(terminal) - end
+        timeout = np.arange(end) == end - 1
         episodes.append(
             {
-                "observations": np.concatenate(columns, axis=1),
-                "actions": arrays[f"{demo}/actions"],
-                "rewards": arrays[f"{demo}/rewards"],
-                "terminals": terminal,
-                "timeouts": timeout,
+                "observations": np.concatenate(columns, axis=1)[:end],
+                "actions": action[:end],
+                "rewards": reward[:end],
+                "terminals": terminal[:end],
+                "timeouts": timeout & ~terminal[:end],
             }
         )
     said = f"robomimic's layout: {len(demos)} demonstrations, observations {', '.join(channels)}"
+    said += f"; {cut} steps after the first success are left out" if cut else ""
     return join(episodes), said + (f"; images {', '.join(images)} are not used" if images else "")
 
 
-def minari_file(path: Path, found: dict) -> tuple[dict[str, np.ndarray], str] | None:
+def minari_file(path: Path, found: dict):
     """episode_N/{observations, actions, rewards, terminations, truncations}, one observation more
     than actions; observations may be a group of arrays."""
-    groups = numbered(found, r"episode_(\d+)(?=/)")
+    groups = numbered(found, r"episode_(\d{1,9})(?=/)")
     if not groups or f"{groups[0]}/rewards" not in found:
         return None
     first = f"{groups[0]}/observations"
     channels = [""] if first in found else [
         n[len(first) :] for n in found if n.startswith(first + "/")
     ]  # fmt: skip
-    flags = ("actions", "rewards", "terminations", "truncations")
     names = [f"{g}/observations{c}" for g in groups for c in channels]
-    arrays = read_arrays(path, (*names, *(f"{g}/{key}" for g in groups for key in flags)))
+    kinds = ("actions", "rewards", "terminations", "truncations")
+    others = [f"{g}/{key}" for g in groups for key in kinds]
+    arrays = read_arrays(path, (*names, *others), wide=tuple(names))
     episodes = []
     for g in groups:
         obs = [arrays[f"{g}/observations{c}"] for c in channels]
         obs = np.concatenate([x.reshape(len(x), -1) for x in obs], axis=1)
-        action, reward, terminal, timeout = (arrays[f"{g}/{key}"] for key in flags)
+        action, reward, terminal, timeout = (arrays[f"{g}/{key}"] for key in kinds)
+        if len(obs) == 1 and len(action) == 0:
+            continue  # an episode without a step
         if len(obs) != len(action) + 1:
             raise UserError(f"{path}: {g} should have one more observation than actions")
-        terminal, timeout = terminal.astype(bool), timeout.astype(bool) & ~terminal.astype(bool)
+        agree(g, len(action), {"rewards": reward, "terminations": terminal, "truncations": timeout})
+        terminal, timeout = flags(terminal), flags(timeout) & ~flags(terminal)
         timeout[-1] |= not terminal[-1]
         episodes.append(
             {
@@ -173,19 +206,21 @@ def minari_file(path: Path, found: dict) -> tuple[dict[str, np.ndarray], str] | 
     return join(episodes), f"Minari's layout: {len(groups)} episodes"
 
 
-def d3rlpy(path: Path, found: dict) -> tuple[dict[str, np.ndarray], str] | None:
+def d3rlpy(path: Path, found: dict):
     """d3rlpy's version 2: observations_N, actions_N, rewards_N and terminated_N of episode N, at
     whose end an episode is cut unless it has terminated."""
-    groups = [name.rsplit("_", 1)[1] for name in numbered(found, r"observations_(\d+)$")]
+    groups = [name.rsplit("_", 1)[1] for name in numbered(found, r"observations_(\d{1,9})$")]
     if not groups or f"actions_{groups[0]}" not in found:
         return None
     keys = ("observations", "actions", "rewards", "terminated")
-    arrays = read_arrays(path, tuple(f"{key}_{g}" for g in groups for key in keys))
+    names = tuple(f"{key}_{g}" for g in groups for key in keys)
+    arrays = read_arrays(path, names, wide=tuple(f"observations_{g}" for g in groups))
     episodes = []
     for g in groups:
         obs, action, reward, terminated = (arrays[f"{key}_{g}"] for key in keys)
+        agree(f"episode {g}", len(obs), {"observations": obs, "actions": action, "rewards": reward})
         terminal = np.zeros(len(obs), bool)
-        terminal[-1] = bool(np.ravel(terminated)[0])
+        terminal[-1] = flags(np.ravel(terminated)[:1])[0]
         timeout = np.zeros(len(obs), bool)
         timeout[-1] = not terminal[-1]
         episodes.append(
@@ -200,14 +235,14 @@ def d3rlpy(path: Path, found: dict) -> tuple[dict[str, np.ndarray], str] | None:
     return join(episodes), f"d3rlpy's layout: {len(groups)} episodes"
 
 
-def imitation(path: Path, found: dict) -> tuple[dict[str, np.ndarray], str] | None:
+def imitation(path: Path, found: dict):
     """imitation's rollouts: acts (N, A) and rews (N,) of E episodes, split at indices (E - 1,); obs
     with one row more for each episode; terminal (E,), whether an episode has ended."""
     if not {"obs", "acts", "rews", "indices", "terminal"} <= set(found):
         return None
     arrays = read_arrays(path, ("obs", "acts", "rews", "indices", "terminal"))
     cuts = arrays["indices"].astype(int)
-    num, terminal = len(arrays["acts"]), arrays["terminal"].astype(bool)
+    num, terminal = len(arrays["acts"]), flags(arrays["terminal"])
     lengths = np.diff(np.concatenate([[0], cuts, [num]]))
     if len(terminal) != len(lengths) or lengths.min() < 1:
         raise UserError(f"{path}: indices do not split {num} steps into {len(terminal)} episodes")
@@ -226,4 +261,4 @@ def imitation(path: Path, found: dict) -> tuple[dict[str, np.ndarray], str] | No
         "next_observations": np.delete(arrays["obs"], np.append(0, first[:-1] + 1), axis=0),
     }
     said = "imitation's layout; an episode that ended at a limit of steps counts as terminal there"
-    return log, said
+    return log, said, True

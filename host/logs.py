@@ -26,6 +26,7 @@ class Rules(NamedTuple):
     endless: bool = False  # no episode of the task ends in a terminal
     goal: bool = False  # terminals mark every step at a goal where the trajectory goes on (antmaze)
     discrete: bool = False  # actions that are integers are taken as numbers
+    unsure: bool = False  # the file does not tell terminals from time-outs
 
 
 def read_log(path: Path | str, rules: Rules = Rules()) -> dict[str, np.ndarray]:  # noqa: B008
@@ -37,16 +38,21 @@ def read_log(path: Path | str, rules: Rules = Rules()) -> dict[str, np.ndarray]:
     file are never loaded, and links to other files are not followed.
     """
     path = Path(path).expanduser()
-    log, said = layouts.read(path)
+    log, said, unsure = layouts.read(path)
+    rules = rules._replace(unsure=unsure)
     for key in set(KEYS[2:]) & set(log):
         if log[key].ndim == 2 and log[key].shape[1] == 1:
             log[key] = log[key][:, 0]
+    unknown = drop_unknown_successors(log)
     check_log(log, str(path))
     for key in set(KEYS[3:]) & set(log):
-        log[key] = as_flags(log[key], key, path)
+        log[key] = as_flags(log[key], key, path, rules)
     refuse_discrete(log["actions"], path, rules)
-    steps: list[Callable] = [centre, drop_repeated_tail, mend_terminals, mend_timeouts, drop_resets]
-    phrases = [said, *(step(log, rules) for step in steps)]
+    steps: list[Callable] = [drop_repeated_tail, mend_terminals, mend_timeouts, drop_resets, narrow]
+    try:
+        phrases = [said, unknown, *(step(log, rules) for step in steps)]
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
     for phrase in filter(None, phrases):
         say(f"{path.name}: {phrase}")
     if "timeouts" not in log:
@@ -54,8 +60,7 @@ def read_log(path: Path | str, rules: Rules = Rules()) -> dict[str, np.ndarray]:
             f"{path} has no timeouts, and neither next_observations nor a known task to restore "
             "them from; add the array, or name the task with --env"
         )
-    numbers = {key: log[key] for key in ("observations", SUCCESSORS) if key in log}
-    return log | {key: x.astype(np.float32, copy=False) for key, x in numbers.items()}
+    return log
 
 
 # --- Checks ---
@@ -84,14 +89,14 @@ def check_log(log: dict[str, np.ndarray], where: str) -> None:
                 f"the first in row {bad.argmax()}; remove those episodes"
             )
         largest = np.abs(log[key]).reshape(num, -1).max(1)
-        if largest.max() > 1e18:
+        if largest.max() > 1e30:
             raise UserError(
                 f"{where}: {key} reaches {largest.max():.1e} in row {largest.argmax()}, too large "
                 "to be trained on; remove that episode"
             )
 
 
-def as_flags(x: np.ndarray, key: str, path: Path) -> np.ndarray:
+def as_flags(x: np.ndarray, key: str, path: Path, rules: Rules = Rules()) -> np.ndarray:  # noqa: B008
     """terminals or timeouts (N,) -> the same as bool. Raises UserError for other numbers than 0 and
     1, and for terminals that are most likely a mask of the steps that are none."""
     if x.dtype != bool:
@@ -99,12 +104,25 @@ def as_flags(x: np.ndarray, key: str, path: Path) -> np.ndarray:
         if len(others):
             raise UserError(f"{path}: {key} holds {others[0]:g}; it should hold 0 and 1 only")
         x = x.astype(bool)
-    if key == "terminals" and 0.5 < x.mean() < 1.0 and len(x) > 10:
+    if key == "terminals" and x.mean() > 0.9 and len(x) > 10 and not rules.goal:
         raise UserError(
             f"{path}: terminals is 1 in {x.mean():.1%} of the rows; it should be 1 at the end of "
             "an episode and 0 elsewhere. Give 1 - terminals if it is a mask of the other steps"
         )
     return x
+
+
+def drop_unknown_successors(log: dict[str, np.ndarray]) -> str:
+    """Leave out next_observations where those of the last steps of episodes, and no others, are
+    NaN."""
+    if SUCCESSORS not in log or log[SUCCESSORS].ndim != 2 or "timeouts" not in log:
+        return ""
+    unknown = np.isnan(log[SUCCESSORS]).any(axis=1)
+    ends = (log["timeouts"] != 0) | (log["terminals"] != 0)
+    if not unknown.any() or ends.shape != unknown.shape or np.any(unknown[:-1] & ~ends[:-1]):
+        return ""
+    del log[SUCCESSORS]
+    return "next_observations at the ends of episodes are NaN; the transitions there are left out"
 
 
 def refuse_discrete(actions: np.ndarray, path: Path, rules: Rules) -> None:
@@ -123,23 +141,28 @@ def refuse_discrete(actions: np.ndarray, path: Path, rules: Rules) -> None:
 # --- Mending: each function changes the log in place -> a phrase that says what was done, or "" ---
 
 
-def centre(log: dict[str, np.ndarray], rules: Rules) -> str:
-    """Subtract the mean, in float64, from observations whose changes float32 cannot resolve."""
+def narrow(log: dict[str, np.ndarray], rules: Rules) -> str:
+    """Round observations to single precision, unless they would lose their changes: the data set
+    standardises those in double precision."""
     obs = log["observations"]
     if obs.dtype != np.float64:
         return ""
-    coarse = np.abs(obs).max(0) * np.finfo(np.float32).eps > 1e-3 * obs.std(0)
-    coarse &= obs.std(0) > 1e-12 * np.abs(obs).max(0)
+    std = obs.std(0)
+    step = np.abs(obs).max(0) * np.finfo(np.float32).eps  # between two numbers of float32
+    varies = std > 1e-12 * np.abs(obs).max(0)
+    if not np.any(varies & (step > 1e-3 * std)):
+        for key in {"observations", SUCCESSORS} & set(log):
+            log[key] = log[key].astype(np.float32)
+        return ""
+    coarse = varies & (step > 0.05 * std)
     if not coarse.any():
         return ""
-    mean = np.where(coarse, obs.mean(0), 0.0)
-    for key in {"observations", SUCCESSORS} & set(log):
-        log[key] = log[key] - mean
     which = ", ".join(map(str, np.flatnonzero(coarse)[:10]))
     return (
-        f"observations {which} reach {np.abs(mean).max():.3g}, too far from 0 for single "
-        "precision; their means are subtracted, so give a policy observations less "
-        f"{', '.join(f'{m:.10g}' for m in mean[coarse][:10])}"
+        f"observations {which} reach {np.abs(obs[:, coarse]).max():.3g} and change by "
+        f"{std[coarse].min():.2g}. They are standardised in double precision, but a policy sees "
+        "single precision, which cannot resolve that; subtract a constant from the log and from "
+        "what the policy gets"
     )
 
 
@@ -167,31 +190,42 @@ def mend_terminals(log: dict[str, np.ndarray], rules: Rules) -> str:
     goal, let the trajectory end with its first terminal."""
     terminals = log["terminals"]
     if rules.goal and np.any(terminals[1:] & terminals[:-1]):
-        return end_at_goal(log)
+        return end_at_goal(log, rules.limit)
     if not terminals.any():
         return ""
     ends = np.flatnonzero(terminals | log.get("timeouts", False))
     lengths = np.diff(ends, prepend=-1)[terminals[ends]]
-    if rules.endless:
-        why = "this task has no terminals"
-    elif rules.limit and np.all(lengths == rules.limit):
-        why = f"all are at the task's limit of {rules.limit} steps"
-    else:
-        return ""
-    log["timeouts"] = log.get("timeouts", False) | terminals
-    log["terminals"] = np.zeros_like(terminals)
-    return f"{terminals.sum():,} terminals are taken as time-outs, because {why}"
+    moved, why = terminals, "this task has no terminals"
+    if not rules.endless:
+        at_limit = lengths == rules.limit if rules.limit else np.zeros(len(lengths), bool)
+        if not at_limit.any() or not (at_limit.all() or rules.unsure):
+            return ""
+        moved = np.zeros_like(terminals)
+        moved[np.flatnonzero(terminals)[at_limit]] = True
+        why = f"they are at the task's limit of {rules.limit} steps"
+    log["timeouts"] = log.get("timeouts", False) | moved
+    log["terminals"] = terminals & ~moved
+    return f"{moved.sum():,} terminals are taken as time-outs, because {why}"
 
 
-def end_at_goal(log: dict[str, np.ndarray]) -> str:
-    """Leave out the steps between a trajectory's first terminal and its time-out."""
+def end_at_goal(log: dict[str, np.ndarray], limit: int | None) -> str:
+    """Leave out the steps between a trajectory's first terminal and its end. Trajectories end at
+    time-outs; where none is marked, as next_observations show, or else at the limit."""
     terminals, timeouts = log["terminals"], log.get("timeouts", np.zeros_like(log["terminals"]))
+    if not timeouts.any():
+        if SUCCESSORS in log:
+            timeouts = find_breaks(log["observations"], log[SUCCESSORS])
+        elif limit:
+            timeouts = timeouts_by_limit(np.zeros_like(terminals), limit)
+        timeouts[-1] = True
+        log["timeouts"] = timeouts
     trajectory = np.append(0, np.cumsum(timeouts)[:-1])
     before = np.cumsum(terminals) - terminals  # terminals before this row
     first = np.flatnonzero(np.diff(trajectory, prepend=-1))
     at_goal = before - before[first][trajectory] > 0
     for key in log:
         log[key] = log[key][~at_goal]
+    log["timeouts"] &= ~log["terminals"]
     return f"{at_goal.sum():,} steps after a trajectory has reached its goal are left out"
 
 
@@ -207,6 +241,17 @@ def mend_timeouts(log: dict[str, np.ndarray], rules: Rules) -> str:
     if SUCCESSORS in log:
         breaks = find_breaks(log["observations"], log[SUCCESSORS])
         log["timeouts"], said = given, []
+        if breaks.mean() > 0.5 and len(breaks) > 20:
+            rough = find_breaks(log["observations"], log[SUCCESSORS], tolerance=0.1)
+            if rough.mean() > 0.2:
+                raise UserError(
+                    f"next_observations are the next row at {1 - rough.mean():.0%} of the rows "
+                    "only; the rows should be in the order of time, episode by episode. Sort them, "
+                    "or leave next_observations out"
+                )
+            breaks = rough
+            said.append("next_observations agree with the next rows to a tenth of a standard "
+                        "deviation only")  # fmt: skip
         if moved := move_marks(log, breaks):
             said.append(f"{moved} marks of ends are one row off, as next_observations show, and "
                         "are moved")  # fmt: skip
@@ -229,34 +274,43 @@ def mend_timeouts(log: dict[str, np.ndarray], rules: Rules) -> str:
 
 def move_marks(log: dict[str, np.ndarray], breaks: np.ndarray) -> int:
     """Move marks of ends that are one row late or early to the break (N,) beside them, in place ->
-    how many."""
-    moved = 0
+    how many. At least two marks, and half of all, have to be off: one may be so by chance."""
     for shift in (1, -1):
-        free = breaks & ~(log["terminals"] | log["timeouts"])
-        beside = np.roll(free, shift)  # the row before this one, or after it, is an unmarked break
-        beside[0 if shift == 1 else -1] = False
+        marked = log["terminals"] | log["timeouts"]
+        beside = np.roll(breaks & ~marked, shift)  # the row before this one, or after it, is a
+        beside[0 if shift == 1 else -1] = False  # break without a mark
+        wrong = marked & ~breaks & beside
+        wrong[-1] = False  # nothing follows the last row
+        if wrong.sum() < 2 or wrong.sum() < 0.5 * marked[:-1].sum():
+            continue
+        early = shift == -1 and marked[-2] and not breaks[-2]  # the last end is off as well
+        wrong[-2] |= early
         for key in ("terminals", "timeouts"):
-            wrong = log[key] & ~breaks & beside
-            wrong[-1] = False  # nothing follows the last row
-            log[key] = log[key] & ~wrong | np.roll(wrong, -shift)
-            moved += int(wrong.sum())
-            if wrong.any():  # nothing shows the end of the last episode, which is off as well
-                early = shift == -1 and log[key][-2] and not breaks[-2]
-                log[key][-2] &= not early
-                log[key][-1] |= early or not log["terminals"][-1]
-    return moved
+            log[key] = log[key] & ~wrong | np.roll(log[key] & wrong, -shift)
+        if shift == 1:  # the mark of the last end lies beyond the last row
+            log["timeouts"][-1] |= not log["terminals"][-1]
+        return int(wrong.sum())
+    return 0
 
 
-def find_breaks(obs: np.ndarray, next_obs: np.ndarray, rows: int = 100_000) -> np.ndarray:
+def find_breaks(
+    obs: np.ndarray, next_obs: np.ndarray, tolerance: float = 1e-3, rows: int = 100_000
+) -> np.ndarray:
     """obs (N, O), next_obs (N, O) -> (N,) bool: the next row differs from this row's successor by
-    more than 0.1 % of a standard deviation. Works on `rows` rows at a time."""
-    scale = 1e-3 * obs.std(0) + 1e-6 * np.abs(obs).max(0)
+    more than `tolerance` standard deviations. Works on `rows` rows at a time."""
+    scale = tolerance * obs.std(0) + rounding(obs, next_obs)
     breaks = np.zeros(len(obs), bool)
     for i in range(0, len(obs) - 1, rows):
         after = obs[i + 1 : i + 1 + rows]
         apart = np.abs(next_obs[i : i + len(after)] - after)
         breaks[i : i + len(after)] = np.any(apart > scale, axis=1)
     return breaks
+
+
+def rounding(obs: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
+    """-> (O,) what the precision of either array may change a number by."""
+    eps = max(np.finfo(x.dtype).eps for x in (obs, next_obs))
+    return 8 * eps * np.abs(obs).max(0)
 
 
 def timeouts_by_limit(terminals: np.ndarray, limit: int) -> np.ndarray:
@@ -277,12 +331,13 @@ def drop_resets(log: dict[str, np.ndarray], rules: Rules) -> str:
     if not len(inner):
         return ""
     obs, next_obs = log["observations"], log[SUCCESSORS]
-    if not np.array_equal(next_obs[inner], obs[inner + 1]):
+    scale = 1e-5 * obs.std(0) + rounding(obs, next_obs)
+    if np.any(np.abs(next_obs[inner] - obs[inner + 1]) > scale):
         return ""
     del log[SUCCESSORS]
     return (
-        f"next_observations at the {len(inner)} time-outs are the first observations of the next "
-        "episodes; those transitions are left out"
+        f"next_observations at the {len(inner)} time-outs are the rows that follow, as where the "
+        "next episode has begun already; those transitions are left out"
     )
 
 

@@ -96,8 +96,11 @@ def check_files(folder: Path, name: str) -> None:
         raise UserError(f"minari:{name} is refused: {what}")
 
     plain = lambda path: stat.S_ISREG(path.stat().st_mode) or path.is_dir()
-    if odd := [path for path in folder.rglob("*") if not plain(path)]:
+    inside = folder.resolve()
+    if odd := [path for path in folder.rglob("*") if not path.exists() or not plain(path)]:
         refuse(f"{odd[0].name} is not a plain file")
+    if away := [p for p in folder.rglob("*") if not p.resolve().is_relative_to(inside)]:
+        refuse(f"{away[0].name} is a link to a file outside the data set")
     metadata = json.loads((folder / "metadata.json").read_text())
     if not isinstance(metadata, dict):
         refuse("metadata.json holds no dictionary")
@@ -115,14 +118,20 @@ def check_files(folder: Path, name: str) -> None:
     declared = metadata.get("total_episodes")
     if not isinstance(declared, int) or not 0 <= declared <= num:
         refuse(f"it declares {declared} episodes and holds {num}")
+    if not isinstance(metadata.get("total_steps"), int):
+        refuse(f"it declares {metadata.get('total_steps')} steps")
 
 
 def count_episodes(path: Path, refuse: Callable) -> int:
     """An HDF5 file -> the number of its episodes; refuse(reason) is called for a link that leaves
     the file, or for raw data or virtual data in other files."""
-    h5py = require("h5py", "h5py")
+    h5py, seen, declared = require("h5py", "h5py"), set(), 0
 
     def walk(group, depth: int) -> None:
+        nonlocal declared
+        if (address := h5py.h5o.get_info(group.id).addr) in seen:
+            return  # the same group under another name
+        seen.add(address)
         for key in group:
             if isinstance(group.get(key, getlink=True), (h5py.ExternalLink, h5py.SoftLink)):
                 refuse(f"{group.name}/{key} in {path.name} is a link, which is not followed")
@@ -133,9 +142,14 @@ def count_episodes(path: Path, refuse: Callable) -> int:
                 walk(item, depth + 1)
             elif isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
                 refuse(f"{item.name} in {path.name} lies in another file, which is not followed")
+            elif isinstance(item, h5py.Dataset):
+                declared += int(np.prod(item.shape or (), dtype=object)) * item.dtype.itemsize
 
     with h5py.File(path, "r") as f:
         walk(f, 0)
+        stored = path.stat().st_size
+        if declared > 200 * stored + 2**26:
+            refuse(f"{path.name} has {stored:,} bytes and declares {declared:,}")
         return sum(key.startswith("episode_") for key in f)
 
 

@@ -119,8 +119,13 @@ class RunFolder:
                         "run again"
                     )
             leaves = [arrays[name] for name in names]
-            self.history, self.seconds = about["history"], about["seconds"]
+            self.history = [dict(row) for row in about["history"]]
+            self.seconds = {str(k): float(x) for k, x in about["seconds"].items()}
             self.diverged = {int(i): str(what) for i, what in about["diverged"]}
+            known = set(range(len(self.labels)))
+            if not set(self.diverged) <= known or any(type(r["round"]) is not int
+                                                      for r in self.history):  # fmt: skip
+                raise ValueError("no such run")
             fitted = int(about["fitted"])
             if fitted < 0 or about["labels"] != self.labels:
                 raise ValueError("no such run")
@@ -238,7 +243,12 @@ def reopen(path: Path, labels: list[dict]) -> RunFolder:
 def lock_folder(path: Path):
     """-> an open file, which keeps other processes out of the folder until it is closed. Raises
     UserError where another process has the folder."""
-    lock = open(path / LOCK, "a+")
+    if (path / "checkpoint").is_symlink():
+        raise UserError(f"{path}/checkpoint is a link; a run writes nowhere outside its folder")
+    lock, flags = path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    if lock.is_symlink() or lock.exists() and not lock.is_file():
+        raise UserError(f"{lock} is not a plain file; remove it")
+    lock = os.fdopen(os.open(lock, flags, 0o644), "r+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:

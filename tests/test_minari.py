@@ -279,3 +279,31 @@ def test_a_set_never_reads_outside_its_own_files(minari_set, tmp_path):
     (folder / "metadata.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="no readable data set"):
         data.load("minari:toy/dict-v0")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hard_links_empty_space_and_links_out_of_the_set_are_refused(hostile, tmp_path):
+    folder = tmp_path / "minari/toy/dict-v0/data"
+    main = folder / "main_data.hdf5"
+    whole = main.read_bytes()
+    with h5py.File(main, "r+") as f:
+        below = f.create_group("L0")
+        for i in range(1, 8):  # 16^8 paths
+            level = f.create_group(f"L{i}")
+            for j in range(16):
+                level[str(j)] = below
+            below = level
+    assert len(data.load("minari:toy/dict-v0").log["rewards"]) == 32
+    with h5py.File(main, "r+") as f:
+        f.create_dataset("episode_0/more", (10**9, 3), "f4", chunks=(1000, 3))
+    with pytest.raises(UserError, match="declares 12,0"):
+        data.load("minari:toy/dict-v0")
+    main.write_bytes(whole)
+    hostile(total_steps=float("inf"))
+    with pytest.raises(UserError, match="declares inf steps"):
+        data.load("minari:toy/dict-v0")
+    hostile(total_steps=32)
+    os.rename(main, tmp_path / "away.hdf5")
+    main.symlink_to(tmp_path / "away.hdf5")
+    with pytest.raises(UserError, match="is a link to a file outside the data set"):
+        data.load("minari:toy/dict-v0")

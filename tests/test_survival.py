@@ -299,7 +299,18 @@ def spoil_about(path, **changes) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"fitted": -5}, {"fitted": "x"}, {"labels": []}, {"history": 3, "diverged": 3}]
+    "changes",
+    [
+        {"fitted": -5},
+        {"fitted": "x"},
+        {"labels": []},
+        {"history": 3, "diverged": 3},
+        {"history": [{"round": "x"}]},
+        {"history": [3]},
+        {"seconds": []},
+        {"seconds": {"rounds": "x"}},
+        {"diverged": [[99, "x"]]},
+    ],
 )
 def test_notes_that_cannot_be_are_damage(copy, capsys, changes):
     spoil_about(copy / "checkpoint" / run_folder.STATE, **changes)
@@ -364,3 +375,19 @@ def test_a_log_that_has_moved_is_named_again_and_known_by_its_content(
         assert "trained on another log" in said
     finally:
         os.rename(moved, toy_file)
+
+
+def test_a_lock_or_a_checkpoint_that_leads_elsewhere_is_refused(copy, tmp_path, capsys):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("dear diary")
+    (copy / run_folder.LOCK).unlink()
+    (copy / run_folder.LOCK).symlink_to(victim)
+    assert "is not a plain file" in mistake(capsys, "--resume", copy)
+    assert victim.read_text() == "dear diary"
+    (copy / run_folder.LOCK).unlink()
+    os.mkfifo(copy / run_folder.LOCK)
+    assert "is not a plain file" in mistake(capsys, "--resume", copy)
+    (copy / run_folder.LOCK).unlink()
+    os.rename(copy / "checkpoint", tmp_path / "there")
+    (copy / "checkpoint").symlink_to(tmp_path / "there")
+    assert "checkpoint is a link" in mistake(capsys, "--resume", copy)
