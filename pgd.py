@@ -762,10 +762,10 @@ def run(config: Config, dataset: Dataset, agent, hooks: Hooks = Hooks(), *args):
     program, runs = hooks.spread(make_program(config, agent, *args), config)
     init = lambda runs, _, dataset: program.init(runs, dataset)
     done, state = hooks.restore(hooks.compile(init, runs, (), dataset)(runs, (), dataset))
-    fit, run_round = (hooks.compile(f, runs, state, dataset) for f in (program.fit, program.round))
-    rounds = range(int(np.max(state.round)), program.num_rounds)
-    stages = [("fit", fit, range(done, program.num_chunks)), ("rounds", run_round, rounds)]
-    for stage, f, chunks in stages:
+    chunks, rounds = range(done, program.num_chunks), range(np.max(state.round), program.num_rounds)
+    stages = [("fit", program.fit, chunks), ("rounds", program.round, rounds)]
+    compiled = [(s, hooks.compile(f, runs, state, dataset), todo) for s, f, todo in stages if todo]
+    for stage, f, chunks in compiled:
         for i in chunks:
             state, metrics = f(runs, state, dataset)
             hooks.chunk(stage, i + 1, chunks.stop, state, jax.tree.map(np.asarray, metrics))

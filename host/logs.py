@@ -96,7 +96,7 @@ def check_log(log: dict[str, np.ndarray], where: str) -> None:
             )
 
 
-def as_flags(x: np.ndarray, key: str, path: Path, rules: Rules = Rules()) -> np.ndarray:  # noqa: B008
+def as_flags(x: np.ndarray, key: str, path: Path, rules: Rules) -> np.ndarray:
     """terminals or timeouts (N,) -> the same as bool. Raises UserError for other numbers than 0 and
     1, and for terminals that are most likely a mask of the steps that are none."""
     if x.dtype != bool:

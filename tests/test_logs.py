@@ -163,6 +163,13 @@ def test_successors_of_another_precision_or_order(save, capsys, spoil):
     assert "to a tenth of a standard deviation only" in capsys.readouterr().err
 
 
+def test_successors_in_single_precision_beside_double(save, capsys):
+    made = with_successors(log(4, 50))
+    made["observations"] += 1e5
+    made["next_observations"] = np.float32(made["next_observations"] + 1e5)  # off by up to 0.004
+    assert ends(read_log(save(made))) == [49, 99, 149, 199] and not capsys.readouterr().err
+
+
 def test_single_precision_resets_are_known_too(save):
     made = log(4, 50)
     made["next_observations"] = np.float32(np.roll(made["observations"], -1, axis=0))
