@@ -342,18 +342,18 @@ def save(out: Path, name: str, policies, found: dict, true: np.ndarray | None, s
     num_seeds = len(next(iter(found.values()))[0])
     print(f"\n{name}: discounted returns (gamma {s.gamma:g}, {s.limit} steps), {num_seeds} seeds\n")
     heads = [*(() if true is None else ("simulator",)), *found]
-    print(f"{'policy':<28}" + "".join(f"{h:>24}" for h in heads))
+    print(f"{'policy':<28}" + "".join(f"{h:>28}" for h in heads))
     for i, p in enumerate(policies):
         cells = [] if true is None else [f"{true[i]:.1f}"]
         cells += [spread_of(x[i]) for x in found.values()]
-        print(f"{p.name:<28}" + "".join(f"{c:>24}" for c in cells))
+        print(f"{p.name:<28}" + "".join(f"{c:>28}" for c in cells))
     files = ["ope.csv"]
     if true is not None:
-        print(f"\n{'method':<16}{'rank correlation':>24}{'regret at 1':>24}{'error':>24}")
+        print(f"\n{'method':<16}{'rank correlation':>28}{'regret at 1':>28}{'error':>28}")
         for method, x in found.items():
             q = [quality(true, x[:, seed]) for seed in range(num_seeds)]
             cells = [spread_of([row[k] for row in q], 2) for k in q[0]]
-            print(f"{method:<16}" + "".join(f"{c:>24}" for c in cells))
+            print(f"{method:<16}" + "".join(f"{c:>28}" for c in cells))
         print("regret and error are in units of the range of the true returns")
         draw(out / "ope.png", name, found, true)
         files.append("ope.png")
