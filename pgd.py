@@ -185,7 +185,8 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
     steps[:num, -2], steps[:num, -1] = log["rewards"], terminals
     mean, std = (f(steps[:num], 0, dtype=np.float64) for f in (np.mean, np.std))
     std[np.ptp(steps[:num], 0) <= 8 * np.finfo(kind).eps * np.abs(mean)] = 1.0  # constant channels
-    steps = ((steps - mean.astype(kind)) / std.astype(kind)).astype(np.float32)
+    steps -= mean.astype(kind)
+    steps /= std.astype(kind)
 
     # Windows, successors, and whole episodes that are held out at random
     starts = window_starts(terminals, timeouts, config.horizon)
@@ -201,7 +202,7 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
         successors = np.concatenate([successors, num + np.arange(len(final_obs))])
     index = lambda x: jnp.asarray(x, jnp.int32)
     return Dataset(
-        jnp.asarray(steps), index(starts[~held_out[starts]]), index(starts[held_out[starts]]),
+        jnp.float32(steps), index(starts[~held_out[starts]]), index(starts[held_out[starts]]),
         index(usable), index(successors), index(np.flatnonzero(~held_out[usable])),
         index(np.flatnonzero(held_out[usable])), *map(jnp.float32, (mean, std, low, high)),
     )  # fmt: skip

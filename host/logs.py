@@ -88,8 +88,8 @@ def check_log(log: dict[str, np.ndarray], where: str) -> None:
                 f"{where}: {key} has NaN or infinite values in {bad.sum()} of {num} rows, "
                 f"the first in row {bad.argmax()}; remove those episodes"
             )
-        largest = np.abs(log[key]).reshape(num, -1).max(1)
-        if largest.max() > 1e30:
+        if max(log[key].max(), -1.0 * log[key].min()) > 1e30:
+            largest = np.abs(log[key]).reshape(num, -1).max(1)
             raise UserError(
                 f"{where}: {key} reaches {largest.max():.1e} in row {largest.argmax()}, too large "
                 "to be trained on; remove that episode"
@@ -310,7 +310,7 @@ def find_breaks(
 def rounding(obs: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
     """-> (O,) what the precision of either array may change a number by."""
     eps = max(np.finfo(x.dtype).eps for x in (obs, next_obs))
-    return 8 * eps * np.abs(obs).max(0)
+    return 8 * eps * np.maximum(obs.max(0), -obs.min(0))
 
 
 def timeouts_by_limit(terminals: np.ndarray, limit: int) -> np.ndarray:
