@@ -332,9 +332,8 @@ def fits(value: Any, kind: Any) -> bool:
     inside = get_args(kind)
     if get_origin(kind) is Literal:
         return any(value == x and type(value) is type(x) for x in inside)
-    if kind is tuple or get_origin(kind) is tuple:
-        of = inside[0] if inside else int
-        return isinstance(value, tuple) and all(fits(x, of) for x in value)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(fits(x, inside[0]) for x in value)
     if inside:  # a union
         return any(fits(value, x) for x in inside)
     if kind is float:

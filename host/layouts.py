@@ -4,9 +4,9 @@
 
 said is a phrase about what was done, or ""; unsure is true where terminals may be time-outs.
 
-D4RL's and those of Stable-Baselines3, imitation, d3rlpy, CORL and TorchRL differ in names alone.
-robomimic, d3rlpy version 2 and Minari keep a group for each episode, imitation the places where
-episodes are split.
+An adapter gives the same three, or None where the file has another layout. D4RL's arrays and those
+of gymnasium, Stable-Baselines and d3rlpy version 1 differ in names alone. robomimic, d3rlpy version
+2 and Minari keep a group for each episode, imitation the places where episodes are split.
 """
 
 import re
@@ -29,7 +29,7 @@ NEXT_STATES = ("next_states", "next_state")  # where the observations are called
 DONE = ("dones", "done")  # an end of either kind
 LAST = ("episode_terminals", "episode_ends")  # the last step of every episode
 FIRST = ("episode_starts",)  # the first step of every episode
-WIDE = ("observations", "next_observations")  # kept in double precision until they are centred
+WIDE = ("observations", "next_observations")  # read in double precision if they have it
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], str, bool]:
@@ -46,11 +46,11 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], str, bool]:
         try:
             log = adapter(path, found)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError) as e:
-            name = adapter.__name__.replace("_", " ")
+            like = "" if adapter is flat else f" of {adapter.__name__.replace('_', ' ')}'s layout"
             said = " ".join(str(e).split())[:120]
-            raise UserError(f"{path} looks like {name}, but its arrays do not fit ({said})") from e
+            raise UserError(f"{path}: arrays{like} do not fit together ({said})") from e
         if log is not None:
-            return log if len(log) == 3 else (*log, False)
+            return log
 
 
 def agree(where: str, num: int, arrays: dict[str, np.ndarray]) -> None:
@@ -164,7 +164,11 @@ def robomimic(path: Path, found: dict):
         )
     said = f"robomimic's layout: {len(demos)} demonstrations, observations {', '.join(channels)}"
     said += f"; {cut} steps after the first success are left out" if cut else ""
-    return join(episodes), said + (f"; images {', '.join(images)} are not used" if images else "")
+    return (
+        join(episodes),
+        said + (f"; images {', '.join(images)} are not used" if images else ""),
+        False,
+    )
 
 
 def minari_file(path: Path, found: dict):
@@ -203,7 +207,7 @@ def minari_file(path: Path, found: dict):
                 "next_observations": obs[1:],
             }
         )
-    return join(episodes), f"Minari's layout: {len(groups)} episodes"
+    return join(episodes), f"Minari's layout: {len(groups)} episodes", False
 
 
 def d3rlpy(path: Path, found: dict):
@@ -232,7 +236,7 @@ def d3rlpy(path: Path, found: dict):
                 "timeouts": timeout,
             }
         )
-    return join(episodes), f"d3rlpy's layout: {len(groups)} episodes"
+    return join(episodes), f"d3rlpy's layout: {len(groups)} episodes", False
 
 
 def imitation(path: Path, found: dict):

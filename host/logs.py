@@ -37,7 +37,7 @@ def read_log(path: Path | str, rules: Rules = Rules()) -> dict[str, np.ndarray]:
     (N, O). Raises UserError if the file is missing, damaged or not a valid log. Python objects in a
     file are never loaded, and links to other files are not followed.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     log, said, unsure = layouts.read(path)
     rules = rules._replace(unsure=unsure)
     for key in set(KEYS[2:]) & set(log):

@@ -61,8 +61,7 @@ def duration(seconds: float) -> str:
 
 
 def summary(metrics: dict[str, np.ndarray]) -> str:
-    """Metrics of a chunk -> the one to show, a mean over the runs that have
-    not diverged."""
+    """Metrics of a chunk -> the one to show, a mean over the runs that go on."""
     name = next((n for n in ("return", "loss", "log_prob_real") if n in metrics), None)
     if name is None:
         return ""

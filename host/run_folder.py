@@ -9,6 +9,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import functools
 import importlib.metadata
 import io
 import json
@@ -53,6 +54,11 @@ class RunFolder:
         self._save_every = save_every()
         self._columns: list[str] = []  # of metrics.csv, as far as it is written
 
+    @functools.cached_property
+    def identity(self) -> dict:
+        """What binds a checkpoint to this run, as config.json said when the process began."""
+        return identity(self.path)
+
     def close(self) -> None:
         """Let other processes have the folder."""
         if self._lock:
@@ -80,7 +86,7 @@ class RunFolder:
         leaves = {name: np.asarray(x) for name, x in named_leaves(state)}
         about = {"labels": self.labels, "history": self.history, "seconds": self.seconds}
         about |= {"fitted": fitted, "diverged": list(self.diverged.items())}
-        about |= {"of": identity(self.path)}
+        about |= {"of": self.identity}
         path, previous = (self.path / "checkpoint" / name for name in (STATE, PREVIOUS))
         path.parent.mkdir(parents=True, exist_ok=True)
         text = np.frombuffer(json.dumps(about).encode(), np.uint8)
@@ -110,7 +116,7 @@ class RunFolder:
 
     def _restore(self, path: Path, state: Any) -> tuple[int, Any]:
         with read_checkpoint(path) as (about, arrays):
-            refuse_other_run(path, about.get("of"), identity(self.path))
+            refuse_other_run(path, about.get("of"), self.identity)
             names, likes = zip(*named_leaves(state))
             for name, like in zip(names, likes):
                 if arrays.header(name) != (like.shape, like.dtype):

@@ -192,7 +192,7 @@ MUTANTS = [
         "host/run_folder.py",
         ("stdtrit(len(scores) - 1, 0.975)", "stdtrit(len(scores) - 1, 0.95)"),
         ("fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
-        ("refuse_other_run(path, about.get(\"of\"), identity(self.path))", "pass"),
+        ("refuse_other_run(path, about.get(\"of\"), self.identity)", "pass"),
         ("leaves = [arrays[f\".agent{name}\"][runs[0]]",
          "leaves = [arrays[f\".agent{name}\"][0]"),
     ),

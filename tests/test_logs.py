@@ -181,7 +181,7 @@ def test_successors_that_are_nan_at_ends_alone_are_unknown(save, capsys):
     made["next_observations"] = np.roll(made["observations"], -1, axis=0)
     made["next_observations"][49::50] = np.nan
     found = read_log(save(made))
-    same(found, made)
+    assert_same(found, made)
     assert "next_observations" not in found and "are NaN" in capsys.readouterr().err
     made["next_observations"][10] = np.nan
     with pytest.raises(UserError, match="next_observations has NaN"):
@@ -467,7 +467,7 @@ def test_wrong_shapes_say_the_right_one(save, key, shape, message):
 # --- Layouts ---
 
 
-def same(found: dict, made: dict) -> None:
+def assert_same(found: dict, made: dict) -> None:
     for key in ("observations", "actions", "rewards"):
         np.testing.assert_allclose(found[key], np.float32(made[key]), rtol=1e-6)
     assert ends(found) == ends(made) and ends(found, "terminals") == ends(made, "terminals")
@@ -505,7 +505,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_same_arrays_under_other_names(save, name):
     made = half_terminal()
-    same(read_log(save(LAYOUTS[name](made))), made)
+    assert_same(read_log(save(LAYOUTS[name](made))), made)
 
 
 def test_stable_baselines_logs_mark_the_starts_of_episodes(save, capsys):
@@ -513,22 +513,24 @@ def test_stable_baselines_logs_mark_the_starts_of_episodes(save, capsys):
     starts = np.roll(made["timeouts"], 1)
     arrays = {"obs": made["observations"], "actions": made["actions"], "rewards": made["rewards"],
               "episode_starts": starts, "episode_returns": np.full(4, 50.0)}  # fmt: skip
-    same(read_log(save(arrays)), made)
+    assert_same(read_log(save(arrays)), made)
     assert "all ends are taken as time-outs" in capsys.readouterr().err
     made = half_terminal()
     arrays["dones"] = made["terminals"] > 0
-    same(read_log(save(arrays)), made)
+    assert_same(read_log(save(arrays)), made)
 
 
 def test_dones_beside_terminals_are_the_other_ends(save):
     made = half_terminal()
     done = made["terminals"] + made["timeouts"]
     arrays = {k: made[k] for k in ("observations", "actions", "rewards", "terminals")}
-    same(read_log(save(arrays | {"dones": done})), made)
+    assert_same(read_log(save(arrays | {"dones": done})), made)
     arrays.pop("terminals")
-    same(read_log(save(arrays | {"dones": done[:, None], "timeouts": made["timeouts"]})), made)
+    assert_same(
+        read_log(save(arrays | {"dones": done[:, None], "timeouts": made["timeouts"]})), made
+    )
     starts = np.roll(done, 1)
-    same(read_log(save(arrays | {"timeouts": made["timeouts"], "episode_starts": starts,
+    assert_same(read_log(save(arrays | {"timeouts": made["timeouts"], "episode_starts": starts,
                                  "dones": done})), made)  # fmt: skip
 
 
@@ -565,7 +567,7 @@ def test_robomimic_ends_at_the_first_success(tmp_path, capsys):
         for i, num in ((0, 59), (1, 61)):  # together they would fit
             del f[f"data/demo_{i}/actions"]
             f[f"data/demo_{i}/actions"] = np.random.rand(num, 1)
-    with pytest.raises(UserError, match="looks like robomimic, but its arrays do not fit"):
+    with pytest.raises(UserError, match="arrays of robomimic's layout do not fit together"):
         read_log(tmp_path / "demo.hdf5")
 
 
@@ -591,7 +593,7 @@ def test_imitation_rollouts(tmp_path, capsys):
     }
     np.savez(tmp_path / "a.npz", **arrays)
     found = read_log(tmp_path / "a.npz")
-    same(found, made)
+    assert_same(found, made)
     np.testing.assert_allclose(found["next_observations"], made["next_observations"], atol=1e-5)
     np.savez(tmp_path / "b.npz", **arrays | {"indices": np.array([50, 100])})
     with pytest.raises(UserError, match="do not split 200 steps into 4 episodes"):
@@ -605,7 +607,7 @@ def test_imitation_transitions(tmp_path, capsys):
               "infos": np.array([{}] * 200)}  # fmt: skip
     np.savez(tmp_path / "a.npz", **arrays)
     found = read_log(tmp_path / "a.npz")  # infos are pickled, and never touched
-    same(found, made)
+    assert_same(found, made)
     np.testing.assert_allclose(found["next_observations"], made["next_observations"], atol=1e-5)
 
 
@@ -626,7 +628,7 @@ def test_robomimic_demonstrations(tmp_path, capsys):
             demo["actions"], demo["rewards"] = made["actions"][at], made["rewards"][at]
             demo["dones"] = made["terminals"][at].astype(np.int64)
             demo["states"] = np.zeros((50, 9))
-    same(read_log(tmp_path / "demo.hdf5"), made)
+    assert_same(read_log(tmp_path / "demo.hdf5"), made)
     said = capsys.readouterr().err
     assert (
         "4 demonstrations, observations pos, vel" in said and "agentview_image are not used" in said
@@ -643,7 +645,7 @@ def test_d3rlpy_2(tmp_path):
             f[f"rewards_{i}"] = made["rewards"][at, None]
             f[f"terminated_{i}"] = i % 2 == 0
         f["total_size"], f["version"] = 4, "2.0"
-    same(read_log(tmp_path / "d3.h5"), made)
+    assert_same(read_log(tmp_path / "d3.h5"), made)
 
 
 @pytest.mark.parametrize("where", ["data/main_data.hdf5", "data", "."])
@@ -662,7 +664,7 @@ def test_a_minari_set_by_its_path(tmp_path, where):
             episode["truncations"] = made["timeouts"][at]
     (tmp_path / "data" / "metadata.json").write_text(json.dumps({"env_spec": "never read"}))
     found = data.load(None, tmp_path / where).log
-    same(found, made)
+    assert_same(found, made)
     np.testing.assert_array_equal(found["next_observations"][[49, 99]], [[0.0] * 3, [1.0] * 3])
 
 
@@ -682,7 +684,7 @@ def test_a_converted_log_is_the_same_log(tmp_path, monkeypatch, capsys, target, 
         keep[[99, 199]] = False
         made["timeouts"][[98, 198]] = True
     assert f"{target}: {keep.sum()} steps, 4 ended episodes" in said
-    same(found, {key: x[keep] for key, x in made.items()})
+    assert_same(found, {key: x[keep] for key, x in made.items()})
     assert ("next_observations" in found) == (known or minari)
     with pytest.raises(SystemExit):
         data_command(capsys, monkeypatch, "convert", "in.npz", target)
