@@ -60,9 +60,12 @@ def open_session(given: Flags) -> Session:
     points = flags.sweep_points(given)
     flags.check_agent(given, points)
     check_export(given)
+    num_runs = len(points) * config.num_seeds
+    num_models = 1 if job.shared_denoiser else config.num_seeds  # or a multiple of it
+    devices.one_device_per_core(num_runs, *([] if job.synthetic == "none" else [num_models]))
     check_machine(given)
     batches = (config.fit_batch, config.sample_batch) if job.synthetic == "diffusion" else ()
-    mesh = spread.make_mesh(len(points) * config.num_seeds, job.devices, batches)
+    mesh = spread.make_mesh(num_runs, job.devices, batches)
     name = job.env or (None if config.dataset_path else flags.DEFAULT_ENV)
     task = data.load(name, config.dataset_path, job.discrete_as_continuous)
     if job.physics == "mjx" and task.simulator not in envs.BODIES:

@@ -1,5 +1,6 @@
-"""This machine: its compilation cache and the memory of its devices."""
+"""This machine: its compilation cache, its devices and their memory."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import jax
 
 from host.errors import UserError
 from host.files import say
+
+CGROUP = Path("/sys/fs/cgroup")  # limits of the container, on Linux
 
 
 def enable_cache(folder: Path) -> None:
@@ -21,6 +24,31 @@ def enable_cache(folder: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def one_device_per_core(*counts: int) -> None:
+    """Split the CPU into as many devices as it has cores, or fewer, so that each of the counts (of
+    runs, of models) divides over them. Two runs side by side, a core each, are faster than one
+    after the other on both cores.
+
+    Has no effect where JAX has started, or where the user's XLA_FLAGS or JAX_NUM_CPU_DEVICES say
+    how many devices there are.
+    """
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    num = max(n for n in range(1, num_cores() + 1) if all(count % n == 0 for count in counts))
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", num)
+
+
+def num_cores() -> int:
+    """-> cores of the CPU that this process may use: its affinity, and the quota of a container."""
+    num = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no quota
+        quota, period = map(int, (CGROUP / "cpu.max").read_text().split())
+        num = min(num, max(1, quota // period))
+    return num
 
 
 def check_backend() -> None:
@@ -47,9 +75,8 @@ def memory_per_device(num_devices: int) -> int | None:
     except (OSError, KeyError, ValueError):
         return None
     try:  # a container's limit; the memory of its file cache can be reclaimed
-        cgroup = Path("/sys/fs/cgroup")
-        limit = int((cgroup / "memory.max").read_text())
-        used, stat = int((cgroup / "memory.current").read_text()), fields_of(cgroup / "memory.stat")
+        limit = int((CGROUP / "memory.max").read_text())
+        used, stat = int((CGROUP / "memory.current").read_text()), fields_of(CGROUP / "memory.stat")
         free = min(free, limit - used + stat["inactive_file"] + stat["active_file"])
     except (OSError, KeyError, ValueError):
         pass

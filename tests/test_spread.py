@@ -437,6 +437,45 @@ def test_runs_divide_over_devices(monkeypatch, runs, num, batches, shape):
     assert len({d.id for d in used}) == np.prod(list(made.values()))
 
 
+CORES = """
+import sys
+import jax
+from host import devices
+devices.num_cores = lambda: 4
+devices.one_device_per_core(*map(int, sys.argv[1:]))
+print(jax.local_device_count())
+devices.one_device_per_core(1)  # JAX has started: no effect, no error
+"""
+
+
+@pytest.mark.parametrize(
+    "counts, chosen, num",
+    [
+        ((8,), {}, 4),
+        ((6,), {}, 3),  # 6 runs do not divide over 4 cores
+        ((6, 2), {}, 2),  # of 2 models, each fits on one device
+        ((8, 1), {}, 1),  # one model: a second device would only fit it again
+        ((5,), {}, 1),
+        ((8,), {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, 2),
+        ((8,), {"JAX_NUM_CPU_DEVICES": "3"}, 3),
+    ],
+)
+def test_runs_share_the_cores_of_a_cpu(counts, chosen, num):
+    env = os.environ | {"XLA_FLAGS": ""} | chosen
+    ask = [sys.executable, "-c", CORES, *map(str, counts)]
+    said = subprocess.run(ask, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert said.stdout == f"{num}\n", said.stderr[-1000:]
+
+
+def test_a_container_has_the_cores_of_its_quota(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert devices.num_cores() == 8
+    for quota, cores in [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)]:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        assert devices.num_cores() == cores
+
+
 def test_a_mesh_that_does_not_divide_says_so(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: list(range(4)))
     with pytest.raises(UserError, match="6 runs .*do not divide over 4 devices.* 3$"):
