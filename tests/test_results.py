@@ -1,0 +1,217 @@
+"""The study of scores: statistics, the grid, and tables that come from its files."""
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from scipy.stats import mannwhitneyu, trim_mean
+
+from host import flags
+from host.errors import UserError
+from studies import results, statistics
+
+# --- Statistics ---
+
+
+def test_the_interquartile_mean_is_that_of_the_middle_half():
+    rng = np.random.default_rng(0)
+    for sizes in [(8,), (4, 4, 8), (3, 5), (1,)]:
+        scores = {str(i): rng.normal(size=n) for i, n in enumerate(sizes)}
+        every = np.concatenate(list(scores.values()))
+        assert statistics.iqm(scores) == pytest.approx(trim_mean(every, 0.25))
+    assert statistics.iqm({"a": [0, 0, 1, 3, 5, 7, 9e9, -9e9]}) == pytest.approx(
+        (0 + 1 + 3 + 5) / 4
+    )
+
+
+def test_the_probability_of_improvement_is_that_of_mann_and_whitney():
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(0, 5, 9), rng.integers(0, 5, 6)  # with ties
+    u = mannwhitneyu(x, y).statistic / (9 * 6)
+    assert statistics.probability_of_improvement({"t": x}, {"t": y}) == pytest.approx(u)
+    both = {"t": x, "u": [2.0]}, {"t": y, "u": [1.0]}
+    assert statistics.probability_of_improvement(*both) == pytest.approx((u + 1) / 2)
+
+
+def test_a_profile_gives_each_task_the_same_weight():
+    scores = {"a": [0.0, 10.0], "b": [10.0, 10.0, 10.0, 20.0]}
+    assert statistics.profile(scores, [-1, 0, 10, 15, 20]).tolist() == [1, 0.75, 0.125, 0.125, 0]
+
+
+def test_bootstrap_intervals_cover_as_often_as_they_say():
+    rng, hits = np.random.default_rng(2), 0
+    for i in range(200):
+        scores = {"a": rng.normal(0, 1, 20), "b": rng.normal(50, 1, 20)}
+        low, high = statistics.interval_of(
+            lambda s: np.mean([np.mean(x) for x in s.values()]), scores, resamples=200, seed=i
+        )
+        hits += low <= 25 <= high
+    assert 0.88 <= hits / 200 <= 0.98
+    # Tasks are never mixed: without spread inside the tasks there is no interval
+    low, high = statistics.interval_of(statistics.iqm, {"a": [1.0] * 4, "b": [99.0] * 4})
+    assert low == high == 50.0
+
+
+def test_a_paired_difference_is_of_the_same_seeds():
+    x, y = np.array([10.0, 60.0, 30.0]), np.array([9.0, 58.0, 27.0])
+    mean, low, high = statistics.paired(x, y)
+    half = 4.302653 * 1.0 / 3**0.5  # Student's t with two degrees of freedom, deviation 1
+    assert (mean, low, high) == pytest.approx((2.0, 2.0 - half, 2.0 + half))
+
+
+# --- Grid and tables ---
+
+
+def test_every_row_of_the_grid_is_a_run_that_would_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "shortened", lambda task, folder: folder / f"{task}.npz")
+    rows = list(results.grid(results.TASKS))
+    assert len({row.name for row in rows}) == len(rows)
+    tasks = [row.task for row in rows]
+    assert tasks == sorted(tasks, key=list(results.TASKS).index)  # every arm before the next task
+    for row in rows:
+        given = flags.parse(row.command(tmp_path)[:-2])
+        flags.check(given)
+        flags.check_agent(given, flags.sweep_points(given))
+        weight, values = results.AGENTS[row.agent]
+        points = flags.sweep_points(given)
+        assert {p[f"hyper.{weight}"] for p in points} == set(values)
+        assert given.hyper[weight] == values[0]  # the first is the published one
+
+
+def fill(out, guided, tasks=("easy", "hard"), seeds=4):
+    """Scores in which the log alone has 10 at weight 2.5 and 20 at 10, unguided data 5 more."""
+    lines = [
+        {"task": task, "agent": "td3_bc", "arm": arm, "weight": weight, "seed": seed,
+         "score": base + (weight == 10.0) * 10 + seed, "return": 0.0}
+        for task in tasks
+        for arm, base in [("log alone", 10), ("unguided", 15), ("guided", guided)]
+        for weight in (2.5, 10.0)
+        for seed in range(seeds)
+    ]  # fmt: skip
+    results.save_table(out / "scores.csv", lines)
+    curves = [
+        {"task": task, "agent": "td3_bc", "arm": arm, "weight": 2.5, "updates": 1_000 * i,
+         "mean": 5.0 * i, "low": 0.0, "high": 9.0, "seeds": seeds}
+        for task in tasks for arm in ("unguided", "guided") for i in (1, 2, 3)
+    ]  # fmt: skip
+    results.save_table(out / "curves.csv", curves)
+    rows = [
+        {"task": task, "agent": "td3_bc", "row": "log", "command": "python pgd.py", "steps": 100,
+         "behaviour_score": 3.0, "runs": 8, "diverged": 0, "minutes_fit": 1.0, "minutes": 2.0,
+         "on": "2 CPU cores"}
+        for task in tasks
+    ]  # fmt: skip
+    results.save_table(out / "rows.csv", rows)
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """A table -> {first cell: the others}."""
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_tables_come_from_the_scores(tmp_path):
+    fill(tmp_path, guided=40)
+    made = results.tables(tmp_path)
+    interval = 3.182446 * np.std(range(4), ddof=1) / 2  # Student's t, three degrees of freedom
+    at = lambda mean: f"{mean:.1f} ({mean - interval:.1f} to {mean + interval:.1f})"
+    published = cells(made["td3_bc-published"])
+    assert published["log"] == ["its own policy", "seeds", *results.COLUMNS]
+    assert published["easy"] == ["3.0", "4", at(11.5), at(16.5), at(41.5), ""]
+    best = cells(made["td3_bc-best"])
+    assert best["hard"][2:5] == [at(21.5) + " at 10", at(26.5) + " at 10", at(51.5) + " at 10"]
+    # Guided data add the same in every seed, so that the paired interval has no width
+    assert cells(made["td3_bc-paired-published"])["easy"][0] == "+30.0 (+30.0 to +30.0)"
+    total = cells(made["td3_bc-aggregate"])
+    assert total["log alone"][0] == "2" and total["log alone"][1].startswith("11.5 (")
+    assert total["log alone"][3] == "1.00 (1.00 to 1.00)" and total["guided"][3] == ""
+    # The log alone ends at 11.5; the curves pass it after 3,000 updates
+    assert cells(made["td3_bc-pace"])["easy"] == ["3,000", "3,000", ""]
+
+
+def test_a_worse_guide_is_reported_as_worse(tmp_path):
+    fill(tmp_path, guided=0)
+    made = results.tables(tmp_path)
+    assert cells(made["td3_bc-paired-published"])["hard"][1] == "-15.0 (-15.0 to -15.0)"
+    assert cells(made["td3_bc-aggregate"])["unguided"][3] == "0.00 (0.00 to 0.00)"
+
+
+def test_a_task_without_all_of_its_arms_is_not_reported(tmp_path):
+    fill(tmp_path, guided=40)
+    half = {"task": "new", "agent": "td3_bc", "arm": "log alone", "weight": 2.5, "seed": 0}
+    lines = results.read(tmp_path / "scores.csv") + [half | {"score": 1.0, "return": 0.0}]
+    results.save_table(tmp_path / "scores.csv", lines)
+    assert "new" not in results.tables(tmp_path)["td3_bc-published"]
+
+
+def test_tables_go_between_their_marks_and_nowhere_else():
+    page = "before\n<!-- a -->\n\nold\n\n<!-- end -->\nbetween\n<!-- b -->\n<!-- end -->\nafter\n"
+    once = results.put_tables(page, {"a": "| new |", "b": "| other |", "c": "| lost |"})
+    assert once.startswith("before\n<!-- a -->\n\n| new |\n\n<!-- end -->\nbetween\n")
+    assert once.endswith("<!-- b -->\n\n| other |\n\n<!-- end -->\nafter\n")
+    assert results.put_tables(once, {"a": "| new |", "b": "| other |"}) == once
+
+
+def test_pages_show_the_tables_of_the_files():
+    """`python -m studies.results --report` was run after the last change of the results."""
+    made = results.tables(ROOT / "results" / "study")
+    for page in ("docs/results.md", "README.md"):
+        text = (ROOT / page).read_text()
+        assert results.put_tables(text, made) == text
+
+
+def test_a_second_look_at_a_row_replaces_the_first(tmp_path):
+    path, row = tmp_path / "rows.csv", results.Row("a", "td3_bc", "log", "")
+    other = {"task": "a", "agent": "td3_bc", "row": "diffusion", "minutes": 1.0}
+    results.save_table(path, [other, other | {"row": "log", "minutes": 2.0}])
+    results.keep(path, row, [other | {"row": "log", "minutes": 3.0}])
+    assert [(x["row"], x["minutes"]) for x in results.read(path)] == [("diffusion", 1), ("log", 3)]
+    assert results.is_done(row, tmp_path) and not results.is_done(row._replace(task="b"), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_miniature_of_the_grid_resumes_and_reports(tmp_path, monkeypatch, capsys):
+    """One task: a row on the log alone and one on unguided and guided data."""
+    monkeypatch.setattr(results, "QUICK", results.QUICK + " --fit-steps 40 --fit-chunk 20")
+    monkeypatch.setattr(results, "ARMS", dict(list(results.ARMS.items())[:2]))
+    monkeypatch.chdir(tmp_path)
+    ask = ["--quick", "--only", "pendulum", "--out", "out"]
+    results.study(ask)
+    made = results.tables(tmp_path / "out")
+    assert "pendulum-random@2000" in made["td3_bc-published"]
+    assert "(2.5" not in made["cost"] and made["cost"].count("python pgd.py") == 2
+    assert all((tmp_path / "out" / name).stat().st_size for name in ("curves.png", "profiles.png"))
+    lines = results.read(tmp_path / "out" / "scores.csv")
+    assert len(lines) == 2 * 3 * 3  # seeds, weights, and the log alone, unguided, guided
+
+    # What is done is not run again; a row whose results are lost is taken from its folder
+    ran = []
+    monkeypatch.setattr(results, "run", lambda row, folder: ran.append(row.arm))
+    results.study(ask)
+    assert ran == []
+    for name in ("rows.csv", "scores.csv"):
+        kept = [x for x in results.read(tmp_path / "out" / name) if "log" in (x.get("row", ""),)]
+        shutil.copy(tmp_path / "out" / name, tmp_path / f"before-{name}")
+        if name == "rows.csv":
+            results.save_table(tmp_path / "out" / name, kept)
+    results.study(ask)
+    assert ran == ["diffusion"]
+    same = lambda path: sorted(map(str, results.read(path)))
+    assert same(tmp_path / "out" / "scores.csv") == same(tmp_path / "before-scores.csv")
+
+
+def test_mistakes_are_one_line(tmp_path):
+    for words, said in [
+        (["--only", "nothing"], "no task begins with nothing"),
+        (["--quick"], "--quick needs --out"),
+        (["--report", "--out", str(tmp_path)], "run the study first"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            results.study(words)
+
+
+def test_a_row_that_fails_stops_the_study(tmp_path):
+    row = results.Row("no-such-task", "td3_bc", "log", "--num-seeds 1")
+    with pytest.raises(UserError, match="no-such-task/td3_bc/log stopped with exit status 2"):
+        results.run(row, tmp_path)
