@@ -16,6 +16,7 @@ A prefix of a name says where its log comes from:
     collect:halfcheetah-medium    a log of this project's policies, collected once and cached
     minari:halfcheetah-medium     Minari's data set on the same task
     minari:ENV/DATA-v0            any data set of Minari
+    ogbench:ENV-DATA-singletask-v0   OGBench's data set, with the rewards of a task
     halfcheetah-medium            D4RL's file; if it cannot be fetched, collect:halfcheetah-medium
 """
 
@@ -58,9 +59,10 @@ from host.minari import (
     open_minari,
     read_minari,
 )
+from host.ogbench import OgbenchEnvs, names_of, read_ogbench
 
-Source = Literal["auto", "d4rl", "collect", "minari"]
-Kind = Literal["d4rl", "collect", "minari", "file"]
+Source = Literal["auto", "d4rl", "collect", "minari", "ogbench"]
+Kind = Literal["d4rl", "collect", "minari", "ogbench", "file"]
 
 
 # --- Load: a name or a file -> Task ---
@@ -79,6 +81,7 @@ class Task:
     simulator: str | None  # e.g. halfcheetah; None: returns cannot be measured
     reference: tuple[float, float] | None  # undiscounted returns with scores 0 and 100
     path: Path | None = None  # the file that holds the log
+    success: float | None = None  # share of trajectories at the goal, where that is the return
 
     @property
     def load_name(self) -> str | None:
@@ -97,7 +100,10 @@ class Task:
 
     @functools.cached_property
     def behaviour_return(self) -> float:
-        """Mean undiscounted return of the log's ended episodes."""
+        """Mean undiscounted return of the log's ended episodes; of OGBench, the share of
+        trajectories that reach the goal."""
+        if self.success is not None:
+            return self.success
         return float(episode_returns(self.log)[0].mean())
 
     def release_log(self) -> None:
@@ -125,6 +131,7 @@ class Found(NamedTuple):
     reference: tuple[float, float] | None
     path: Path | None = None
     bounds: tuple[np.ndarray, np.ndarray] | None = None  # lowest and highest action, if known
+    success: float | None = None
 
 
 def load(name: str | None = None, path: str | None = None, discrete: bool = False) -> Task:
@@ -142,7 +149,8 @@ def load(name: str | None = None, path: str | None = None, discrete: bool = Fals
         raise UserError("name a task or give a file")
     else:
         entry = resolve(name)
-        found = _open_minari(entry) if entry.source == "minari" else _open_named(entry)
+        opened = {"minari": _open_minari, "ogbench": _open_ogbench}
+        found = opened.get(entry.source, _open_named)(entry)
     simulator, bounds, log = found.simulator, found.bounds, found.log
     if simulator and (package := sim.missing(simulator)):
         say(f"{simulator} cannot be simulated without {package}: pip install {package}; going on "
@@ -160,8 +168,9 @@ def load(name: str | None = None, path: str | None = None, discrete: bool = Fals
             )
     low, high = action_bounds(log["actions"], bounds, simulator)
     return Task(
-        found.name, log, low, high, found.source, found.kind, simulator, found.reference, found.path
-    )
+        found.name, log, low, high, found.source, found.kind, simulator, found.reference,
+        found.path, found.success,
+    )  # fmt: skip
 
 
 def expand(path: str | Path) -> Path:
@@ -186,6 +195,8 @@ def _open_file(path: Path, name: str | None, discrete: bool) -> Found:
         log = read_log(path, Rules(discrete=discrete))
         return Found(path.stem, log, f"file {path.name}", "file", None, None, path)
     entry, (prefix, rest) = resolve(name), split_prefix(name)
+    if entry.source == "ogbench":
+        return _open_ogbench(entry, path)
     if prefix and entry.name != f"minari:{rest}":
         raise UserError(
             f"{name} names a source of logs, but the log is the file {path.name}; leave out the "
@@ -205,6 +216,15 @@ def _open_minari(entry: "Entry") -> Found:
         entry.name, log, f"Minari {entry.minari}", "minari", simulator, about.reference,
         bounds=about.bounds,
     )  # fmt: skip
+
+
+def _open_ogbench(entry: "Entry", path: Path | None = None) -> Found:
+    log, path, success = read_ogbench(entry.name.removeprefix("ogbench:"), path)
+    check_log(log, str(path))
+    source = f"OGBench {path.name}, rewards of the task"
+    return Found(
+        entry.name, log, source, "ogbench", entry.simulator, entry.reference, path, success=success
+    )
 
 
 def _open_named(entry: "Entry") -> Found:
@@ -333,8 +353,12 @@ def resolve(name: str) -> Entry:
     prefix, rest = split_prefix(name)
     if prefix == "minari":
         return _resolve_minari(rest)
+    if prefix == "ogbench":
+        names_of(rest.lower())
+        full = f"ogbench:{rest.lower()}"
+        return Entry(full, "ogbench", full, (0.0, 1.0))
     if prefix not in (None, "d4rl", "collect"):
-        raise UserError(f"{name!r} has an unknown prefix; use d4rl:, collect: or minari:")
+        raise UserError(f"{name!r} has an unknown prefix; use d4rl:, collect:, minari: or ogbench:")
     entry = _lookup(rest)
     if prefix is None:
         return entry
@@ -385,8 +409,11 @@ def refuse_without_recipe(entry: Entry) -> None:
 
 
 def make_envs(simulator: str, num: int):
-    """`num` copies on the host of a simulator; minari:NAME is the environment of that data set.
+    """`num` copies on the host of a simulator; minari:NAME is the environment of that data set,
+    ogbench:NAME that of a task of OGBench.
     Raises UserError if there is no such simulator."""
+    if simulator.startswith("ogbench:"):
+        return OgbenchEnvs(simulator.removeprefix("ogbench:"), num)
     if not simulator.startswith("minari:"):
         return sim.make_envs(simulator, num)
     found = open_minari(simulator.removeprefix("minari:"))
@@ -466,8 +493,11 @@ def list_command() -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     print(f"\nD4RL's files are kept in {d4rl_path(resolve('hopper-medium').d4rl).parent}")
     print(f"collected logs are kept in {cache_dir()}")
-    print("the prefixes d4rl:, collect: and minari: choose the source of a log")
-    print("any data set of Minari is minari:ENV/DATA-v0")
+    print("the prefixes d4rl:, collect:, minari: and ogbench: choose the source of a log")
+    print(
+        "any data set of Minari is minari:ENV/DATA-v0, one of OGBench ENV-DATA-singletask-v0 after "
+        "ogbench:"
+    )
 
 
 def _list_row(entry: Entry) -> tuple[str, ...]:
@@ -532,7 +562,9 @@ def _describe(task: Task, returns: np.ndarray, lengths: np.ndarray) -> dict[str,
     tail = len(obs) - 1 - ends[-1] if len(ends) else 0
     both = (log["terminals"] & log["timeouts"]).sum()
     at_bound = np.mean(np.any((action <= task.action_low) | (action >= task.action_high), axis=1))
-    score = "" if task.reference is None else f", score {task.score(returns.mean()):.1f}"
+    score = "" if task.reference is None else f", score {task.score(task.behaviour_return):.1f}"
+    if task.success is not None:
+        score += f" ({task.success:.1%} of the trajectories reach the goal)"
     lines = {
         "source": task.source,
         "file": "-" if task.path is None else f"{task.path} ({task.path.stat().st_size:,} bytes)",

@@ -70,7 +70,10 @@ def open_session(given: Flags) -> Session:
     task = data.load(name, config.dataset_path, job.discrete_as_continuous)
     if job.physics == "mjx" and task.simulator not in envs.BODIES:
         raise UserError(f"--physics mjx is for {', '.join(envs.BODIES)}, not for {task.name}")
-    dataset = pgd.make_dataset(task.log, config, task.action_low, task.action_high)
+    shift, scale = reward_units(given, task.name)
+    log = task.log | {"rewards": (task.log["rewards"] + shift) * scale}
+    dataset = pgd.make_dataset(log, config, task.action_low, task.action_high)
+    del log
     flags.check_dataset(given, dataset, data.episode_returns(task.log)[1].max())
     task.release_log()
     agent = agents.make_agent(config.agent, **given.hyper)
@@ -82,6 +85,14 @@ def open_session(given: Flags) -> Session:
     maker = generator_maker(given, points)
     s = Session(given, task, dataset, agent, maker, points, layout, mesh, in_program, None)
     return s._replace(evaluate=make_evaluate(s))
+
+
+def reward_units(given: Flags, name: str) -> tuple[float, float]:
+    """-> (what is added to each reward of the log, the factor after that). Antmaze's rewards of 0
+    and 1 become -1 and 0 unless the user says otherwise, as in IQL (2110.06169)."""
+    task, shift = given.job.env or name, given.job.reward_shift
+    antmaze = "antmaze" in task and not task.startswith("ogbench:")  # whose rewards are -1 and 0
+    return (-1.0 * antmaze if shift is None else shift), given.job.reward_scale
 
 
 def check_machine(given: Flags) -> None:
@@ -403,6 +414,10 @@ def notes(session: Session) -> None:
     if job.preset == "default" and not job.resume and jax.default_backend() == "cpu":
         if config.features >= flags.PRESETS["default-large"]["features"]:
             say("note: this run is sized for a GPU; on this CPU, use --preset laptop")
+    if job.reward_shift is None and reward_units(session.flags, session.task.name)[0]:
+        say(
+            "note: 1 is taken from every reward, as is usual for antmaze; --reward-shift 0 does not"
+        )
     guided = config.guidance or config.value_guidance or config.behaviour_guidance
     if config.rounds == 1 and guided and job.synthetic == "diffusion":
         say("note: round 0 is never guided, since its policy is untrained; with --rounds 1 the "
@@ -445,9 +460,11 @@ def describe(session: Session) -> run_folder.About:
         many = "one per seed" if not job.shared_denoiser else f"the {what} of seed 0 for all seeds"
         denoisers = many if config.num_seeds > 1 or job.shared_denoiser else None
     guidance = config.guidance if job.synthetic == "diffusion" else None
+    shift, scale = reward_units(session.flags, task.name)
+    rewards = None if (shift, scale) == (0, 1) else f"(reward {shift:+g}) x {scale:g}"
     return run_folder.About(
         task.name, config.agent, job.synthetic, score, task.behaviour_return, task.source, guidance,
-        job.preset, denoisers, session.flags.hyper,
+        job.preset, denoisers, session.flags.hyper, rewards,
     )  # fmt: skip
 
 
@@ -483,6 +500,7 @@ def export_all(session: Session, done: Finished) -> list[str]:
     job, config, dataset = session.flags.job, session.flags.config, session.dataset
     seeds = range(config.seed, config.seed + config.num_seeds)
     length = session.make_generator(config).length
+    shift, scale = reward_units(session.flags, session.task.name)
     sound = np.asarray(done.state.round) >= 0  # runs that have not diverged
     generate = jax.jit(done.program.generate)
     logs, rows, state = [[] for _ in seeds], 0, done.state
@@ -500,6 +518,7 @@ def export_all(session: Session, done: Finished) -> list[str]:
     written = []
     for seed, parts in compress(zip(seeds, logs), sound):
         log = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        log["rewards"] = log["rewards"] / scale - shift  # in the log's own units
         target = export.export_target(job.export, seed, len(seeds))
         export.export(target, log, session.task, provenance(session, seed))
         written.append(target)

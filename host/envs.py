@@ -66,7 +66,7 @@ def load_body(task: str):
     folder = Path(importlib.util.find_spec("gymnasium").origin).parent / "envs" / "mujoco"
     # MuJoCo 4.0 warns of an attribute in gymnasium's files, on stderr and in a file in the current
     # folder
-    with _quiet_stderr(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
+    with quiet_stderr(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
         model = mujoco.MjModel.from_xml_path(str(folder / "assets" / BODIES[task].xml))
     return BODIES[task], model
 
@@ -322,7 +322,7 @@ class GymnasiumEnvs:
 
     def __init__(self, make: Callable, num: int, limit: int | None = None, space=None):
         self.gymnasium = require("gymnasium", "gymnasium[mujoco]")
-        with _quiet_stderr(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
+        with quiet_stderr(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
             made = [make() for _ in range(num)]
         self.num, self.limit = num, limit or made[0].spec.max_episode_steps
         if self.limit is None:
@@ -664,7 +664,7 @@ def _seeds(seed: int | Sequence[int], num: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _quiet_stderr():
+def quiet_stderr():
     """Discard what C code writes to stderr inside the block."""
     sys.stderr.flush()
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)

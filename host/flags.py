@@ -27,6 +27,8 @@ class Job:
     # --- Task ---
     env: str | None = None  # task, such as hopper-medium or minari:NAME; else pendulum-medium
     discrete_as_continuous: bool = False  # take actions that are integers 0, 1, 2, ... for numbers
+    reward_shift: float | None = None  # added to each reward; by default -1 for antmaze, else 0
+    reward_scale: float = 1.0  # factor of each reward, after the shift; scores are not changed
     synthetic: Synthetic = "diffusion"  # source of synthetic data; none: the log
     preset: Preset = "default"  # default values; see docs/presets.md
     sweep: tuple[str, ...] = ()  # settings and values: guidance 0 1 eta 1 8 makes four points
@@ -376,6 +378,7 @@ def rules(j: Job, c: Config) -> Iterator[tuple[str, bool]]:
     extras = c.value_guidance or c.behaviour_guidance or c.condition_on_start
     yield "--env must not be empty", j.env != ""
     yield "--dataset-path must not be empty", c.dataset_path != ""
+    yield "--reward-scale must be positive", j.reward_scale > 0
     yield (
         "--value-guidance, --behaviour-guidance and --condition-on-start need --synthetic "
         "diffusion",

@@ -83,6 +83,12 @@ def flat(path: Path, found: dict):
     lacking = [key for key in ("observations", "actions", "rewards") if key not in chosen]
     if "terminals" not in chosen and not (done or last or first):
         lacking.append("terminals")
+    if lacking == ["rewards"] and "qpos" in found:
+        task = re.sub(r"(-v\d+)?$", r"-singletask\1", path.stem, count=1)
+        raise UserError(
+            f"{path} has states and no rewards, as the files of OGBench; name the task that gives "
+            f"rewards, such as --env ogbench:{task}"
+        )
     if lacking:
         has = ", ".join(sorted(found)[:20]) or "no arrays"
         raise UserError(f"{path} has no {', '.join(lacking)}; it has {has}")

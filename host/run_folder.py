@@ -464,6 +464,7 @@ class About(NamedTuple):
     preset: str
     denoisers: str | None  # how many there are, and of which seeds
     hyper: dict
+    rewards: str | None  # how the log's rewards were changed; None: they were not
 
 
 def summarise(
@@ -549,6 +550,7 @@ def table(final: dict) -> str:
     lines += [f"  log: {final['source']}"]
     models = "denoisers" if final["synthetic"] == "diffusion" else "ensembles"
     lines += [f"  {models}: {final['denoisers']}"] if final.get("denoisers") else []
+    lines += [f"  trained on: {final['rewards']}"] if final.get("rewards") else []
     lines.append("")
     if "sweep" in final:
         lines += sweep_lines(final)

@@ -1,14 +1,17 @@
 """Synthetic data as files and as Minari data sets, by whole runs of pgd.py."""
 
+import json
+
 import h5py
 import jax
 import numpy as np
 import pytest
+from conftest import toy_log
 
 import data
 import pgd
 from baselines.log_alone import make_log_alone
-from host import cli
+from host import cli, flags
 from host.errors import UserError
 from host.export import refuse_existing_export
 
@@ -142,3 +145,55 @@ def test_many_seeds_export_a_file_each(tmp_path):
     four, five = (data.read_log(tmp_path / f"x-seed{i}.hdf5") for i in (4, 5))
     assert len(four["rewards"]) == len(five["rewards"])
     assert np.abs(four["observations"] - five["observations"]).max() > 0.1
+
+
+@pytest.mark.slow
+def test_rewards_in_other_units_are_exported_in_the_logs_own(exported, tmp_path):
+    """The denoiser sees standardised rewards, so that unguided data are the same in any units."""
+    made = []
+    for i, units in enumerate([[], ["--reward-shift", "3", "--reward-scale", "0.1"]]):
+        path = tmp_path / f"{i}.npz"
+        ask = [*map(str, EXPORT), "--guidance", "0", "--num-seeds", "1", *units]
+        cli.main([*ask, "--out", str(tmp_path / f"run{i}"), "--export", str(path)])
+        made.append(data.read_log(path)["rewards"])
+    np.testing.assert_allclose(*made, rtol=1e-2, atol=1e-2)
+    assert made[0].std() > 1.0
+    plain, changed = (read_json(tmp_path / f"run{i}" / "final.json") for i in (0, 1))
+    assert plain["rewards"] is None and changed["rewards"] == "(reward +3) x 0.1"
+    assert plain["behaviour_return"] == changed["behaviour_return"]
+    assert abs(plain["returns"][0]) > 50  # of the simulator, in its own units
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "words, rewards",
+    [
+        ([], {0.0, 1.0}),
+        (["--env", "antmaze-umaze"], {-1.0, 0.0}),
+        (["--env", "antmaze-umaze", "--reward-shift", "0"], {0.0, 1.0}),
+        (["--reward-shift", "-1", "--reward-scale", "5"], {-5.0, 0.0}),
+    ],
+)
+def test_an_agent_sees_rewards_in_the_units_of_its_flags(words, rewards, tmp_path):
+    log = toy_log(obs_dim=29, act_dim=8)
+    log["rewards"] = log["terminals"].astype(np.float32)
+    path = tmp_path / "maze.npz"
+    data.write_log(path, log, {})
+    session = cli.open_session(
+        flags.parse(
+            ["--dataset-path", str(path), "--synthetic", "none", "--batch-size", "8", *words]
+        )
+    )
+    dataset = session.dataset
+    seen = np.asarray(dataset.transitions(np.arange(len(dataset.usable))).reward)
+    assert set(np.round(seen, 4).tolist()) == rewards
+    assert 0 <= session.task.behaviour_return <= 1  # in the log's own units
+
+
+def test_a_scale_of_rewards_that_is_not_positive_is_refused():
+    for value in ("0", "-1", "nan"):
+        with pytest.raises(UserError, match="--reward-scale must be"):
+            flags.check(flags.parse(["--reward-scale", value]))

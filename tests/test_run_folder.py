@@ -315,7 +315,7 @@ def test_interval_is_students_t():
 
 
 ABOUT = run_folder.About(
-    "toy", "td3_bc", "world-model", None, -3.0, "file toy", None, "default", None, {}
+    "toy", "td3_bc", "world-model", None, -3.0, "file toy", None, "default", None, {}, None
 )
 
 
