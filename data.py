@@ -51,6 +51,7 @@ from host.d4rl import D4rlFile, Unreachable, d4rl_path, download, read_registry
 from host.errors import UserError, at_least, printable
 from host.export import export, refuse_existing_export
 from host.files import atomic_path, is_log_file, own_dataset, require, say, write_arrays
+from host.gym_envs import MAZES, GymnasiumEnvs
 from host.logs import SUCCESSORS, Rules, check_log, episode_returns, read_log
 from host.minari import (
     MINARI_NAMES,
@@ -306,7 +307,7 @@ GYMNAX_REFERENCE = {
 
 
 # Simulators in which no episode ends in a terminal
-ENDLESS = {"halfcheetah", "pendulum", "reacher", "swimmer", *sim.MAZES}
+ENDLESS = {"halfcheetah", "pendulum", "reacher", "swimmer", *MAZES}
 
 
 def registry() -> dict[str, Entry]:
@@ -314,11 +315,11 @@ def registry() -> dict[str, Entry]:
     shipped, known = shipped_policies(), {}
     for name, file in read_registry().items():
         task, kind = bare_name(name).split("-", 1)
-        simulator = bare_name(name) if bare_name(name) in sim.MAZES else task
+        simulator = simulator_of(bare_name(name))
         known[name] = Entry(
             name=name,
             source="auto",
-            simulator=simulator if simulator in sim.simulators() else None,
+            simulator=simulator,
             reference=file.reference,
             limit=file.limit,
             d4rl=file,
@@ -330,6 +331,13 @@ def registry() -> dict[str, Entry]:
                 reference = GYMNAX_REFERENCE.get(task)
                 known[recipe.name] = Entry(recipe.name, "collect", task, reference, recipe=recipe)
     return known
+
+
+def simulator_of(name: str) -> str | None:
+    """A name of D4RL without its version -> the simulator with the longest name that begins it:
+    kitchen-mixed, antmaze-large of antmaze-large-play, halfcheetah of halfcheetah-medium."""
+    fitting = [x for x in sim.simulators() if name == x or name.startswith(f"{x}-")]
+    return max(fitting, key=len, default=None)
 
 
 def bare_name(name: str) -> str:
@@ -420,7 +428,7 @@ def make_envs(simulator: str, num: int):
     make = minari_environment(found)
     if make is None:
         raise UserError(f"{simulator} names no environment that can be made here")
-    return sim.GymnasiumEnvs(make, num, space=found.observation_space)
+    return GymnasiumEnvs(make, num, space=found.observation_space)
 
 
 # --- Files: HDF5 in D4RL's layout, or npz; host/logs.py reads them ---

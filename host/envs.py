@@ -17,9 +17,9 @@ import functools
 import importlib.util
 import io
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from host.errors import UserError
 from host.files import require
+from host.gym_envs import D4RL, quiet_stderr, seeds_of
 
 # --- MuJoCo, the three tasks of D4RL's -v2 logs ---
 
@@ -141,7 +142,7 @@ class MujocoEnvs:
 
     def reset(self, seed: int | Sequence[int]) -> np.ndarray:
         """Start every copy -> obs (num, O). seed: one number, or one for each copy."""
-        self._rng = [np.random.default_rng(int(s)) for s in _seeds(seed, self.num)]
+        self._rng = [np.random.default_rng(int(s)) for s in seeds_of(seed, self.num)]
         self.qpos, self.qvel = (np.empty((self.num, n)) for n in (self.num_qpos, self.num_qvel))
         self._age = np.zeros(self.num, np.int64)
         for i in range(self.num):
@@ -308,155 +309,36 @@ class GymnaxEnvs:
         return next_obs, np.asarray(reward, np.float32), terminal, timeout & ~terminal
 
 
-# --- Any gymnasium environment, one Python object per copy ---
-
-
-class GymnasiumEnvs:
-    """`num` gymnasium environments with the interface of MujocoEnvs.
-
-    make() -> an environment with actions in a Box and observations that gymnasium can flatten.
-    limit: maximal steps per episode; None for the environment's own. space: the observation space
-    that gives the order of flattening; None for the environment's own. Raises UserError on an
-    environment without a limit or without continuous actions.
-    """
-
-    def __init__(self, make: Callable, num: int, limit: int | None = None, space=None):
-        self.gymnasium = require("gymnasium", "gymnasium[mujoco]")
-        with quiet_stderr(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
-            made = [make() for _ in range(num)]
-        self.num, self.limit = num, limit or made[0].spec.max_episode_steps
-        if self.limit is None:
-            raise UserError(f"{made[0].spec.id} has no limit on its episodes")
-        self.envs = [env.unwrapped for env in made]
-        self.space = self.envs[0].observation_space if space is None else space
-        actions = self.envs[0].action_space
-        if not isinstance(actions, self.gymnasium.spaces.Box):
-            raise UserError(f"{made[0].spec.id} has no continuous actions, but {actions}")
-        self.low, self.high = actions.low.astype(np.float32), actions.high.astype(np.float32)
-        self.obs_dim = self.flatten(self.envs[0].reset(seed=0)[0]).size
-
-    def flatten(self, obs) -> np.ndarray:
-        """An observation of one environment -> (O,)."""
-        return self.gymnasium.spaces.flatten(self.space, obs)
-
-    def _start(self, env, seed: int | None) -> np.ndarray:
-        return self.flatten(env.reset(seed=seed)[0])
-
-    def _step(self, env, action: np.ndarray):
-        obs, reward, terminal = env.step(action)[:3]
-        return self.flatten(obs), reward, terminal
-
-    def reset(self, seed: int | Sequence[int]) -> np.ndarray:
-        """Start every copy -> obs (num, O). seed: one number, or one for each copy."""
-        seeds = _seeds(seed, self.num)
-        obs = [self._start(env, int(s)) for env, s in zip(self.envs, seeds)]
-        self.obs = np.stack(obs).astype(np.float32)
-        self._age = np.zeros(self.num, np.int64)
-        return self.obs
-
-    def step(self, action: np.ndarray):
-        """action (num, A) -> next_obs (num, O), reward, terminal, timeout (num,), as MujocoEnvs
-        gives them."""
-        action = np.asarray(action, np.float64)
-        results = [self._step(env, a) for env, a in zip(self.envs, action)]
-        next_obs = np.stack([r[0] for r in results]).astype(np.float32)
-        reward = np.array([r[1] for r in results], np.float32)
-        terminal = np.array([r[2] for r in results], bool)
-        self._age += 1
-        timeout = ~terminal & (self._age >= self.limit)
-        self.obs = next_obs.copy()
-        for i in np.flatnonzero(terminal | timeout):
-            self.obs[i], self._age[i] = self._start(self.envs[i], None), 0
-        return next_obs, reward, terminal, timeout
-
-
-# --- D4RL's maze2d and adroit, through gymnasium-robotics ---
-
-
-ADROIT = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200}  # D4RL's steps per episode
-MAZES = {  # gymnasium-robotics' name, D4RL's goal (row, column), steps per episode
-    "maze2d-umaze": ("PointMaze_UMaze-v3", (1, 1), 300),
-    "maze2d-medium": ("PointMaze_Medium-v3", (6, 6), 600),
-    "maze2d-large": ("PointMaze_Large-v3", (7, 9), 800),
-}
-MAZES |= {f"{name}-dense": maze for name, maze in MAZES.items()}
-
-
-def make_robotics(name: str, **settings):
-    """Name in gymnasium-robotics -> an environment. Raises UserError if the package is missing."""
-    gymnasium = require("gymnasium", "gymnasium[mujoco]")
-    gymnasium.logger.min_level = gymnasium.logger.ERROR  # gymnasium-robotics warns at every make
-    gymnasium.register_envs(require("gymnasium_robotics", "gymnasium-robotics"))
-    return gymnasium.make(name, disable_env_checker=True, **settings)
-
-
-class MazeEnvs(GymnasiumEnvs):
-    """D4RL's maze2d: D4RL's coordinates, fixed goal and reward, with PointMaze's physics.
-
-    D4RL's position is (row, column) - 0.2, where the centre of a cell has whole numbers. PointMaze
-    has Cartesian positions with the origin in the middle of the maze. The reward is 1 within 0.5 of
-    the goal and 0 elsewhere; a `-dense` task pays exp(-distance). No episode ends before its limit.
-    """
-
-    def __init__(self, task: str, num: int):
-        name, self.goal, limit = MAZES[task]
-        self.dense = task.endswith("-dense")
-        super().__init__(lambda: make_robotics(name), num, limit)
-
-    def flatten(self, obs) -> np.ndarray:
-        """PointMaze's observation -> D4RL's (4,): row, column and their velocities."""
-        maze, (x, y, vx, vy) = self.envs[0].maze, obs["observation"]
-        row, column = maze.y_map_center - y - 0.5, x + maze.x_map_center - 0.5
-        return np.array([row - 0.2, column - 0.2, -vy, vx])
-
-    def _start(self, env, seed):
-        obs, _ = env.reset(seed=seed)
-        rng, maze = env.np_random, env.maze
-        free = [(r, c) for r, row in enumerate(maze.maze_map) for c, x in enumerate(row) if x != 1]
-        free = [cell for cell in free if cell != self.goal]
-        row, column = np.array(free[rng.integers(len(free))]) + 0.2 + rng.uniform(-0.1, 0.1, 2)
-        qpos = np.array([column + 0.5 - maze.x_map_center, maze.y_map_center - row - 0.5])
-        env.point_env.set_state(qpos, 0.1 * rng.standard_normal(2))
-        env.goal = np.full(2, np.inf)  # PointMaze's own goal must not count
-        state = np.concatenate([env.point_env.data.qpos, env.point_env.data.qvel])
-        return self.flatten({"observation": state})
-
-    def _step(self, env, action):
-        obs = self.flatten(
-            {"observation": env.point_env.step(np.array([action[1], -action[0]]))[0]}
-        )
-        distance = np.linalg.norm(obs[:2] - self.goal)
-        return obs, np.exp(-distance) if self.dense else float(distance <= 0.5), False
-
-
 # --- By name ---
 
 
 def simulators() -> list[str]:
     """-> every name that make_envs accepts."""
-    return [*BODIES, *GYMNAX, *ADROIT, *MAZES]
+    return [*BODIES, *GYMNAX, *D4RL]
 
 
 def missing(task: str) -> str | None:
     """Name of a simulator -> the pip package that it lacks here; None if it can be used."""
-    needs = "gymnasium_robotics" if task in ADROIT or task in MAZES else None
-    if needs and importlib.util.find_spec(needs) is None:
-        return needs.replace("_", "-")
+    if task not in D4RL:
+        return None
+    package, too_new = D4RL[task].package, D4RL[task].mujoco_below
+    if importlib.util.find_spec(package) is None:
+        return package.replace("_", "-")
+    with contextlib.suppress(PackageNotFoundError):
+        if too_new and int(version("mujoco").split(".")[0]) >= too_new:
+            return f"'mujoco<{too_new}'"
     return None
 
 
 def make_envs(task: str, num: int):
-    """`num` copies on the host of a simulator such as halfcheetah, pendulum, maze2d-umaze or door.
+    """`num` copies on the host of a simulator such as halfcheetah, pendulum, antmaze-large or door.
     Raises UserError on an unknown name or a missing package."""
     if task in GYMNAX:
         return GymnaxEnvs(task, num)
     if task in BODIES:
         return MujocoEnvs(task, num)
-    if task in MAZES:
-        return MazeEnvs(task, num)
-    if task in ADROIT:
-        name = f"AdroitHand{task.capitalize()}-v1"
-        return GymnasiumEnvs(lambda: make_robotics(name), num, ADROIT[task])
+    if task in D4RL:
+        return D4RL[task].make(num)
     raise UserError(f"there is no simulator for {task!r}; there is {', '.join(simulators())}")
 
 
@@ -656,22 +538,3 @@ def _cores() -> int:
     """Number of CPU cores that this process may use."""
     ask = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(ask(0)) if ask else os.cpu_count()
-
-
-def _seeds(seed: int | Sequence[int], num: int) -> np.ndarray:
-    """One seed, or one for each copy -> seeds (num,)."""
-    return np.random.SeedSequence(seed).generate_state(num) if np.ndim(seed) == 0 else seed
-
-
-@contextlib.contextmanager
-def quiet_stderr():
-    """Discard what C code writes to stderr inside the block."""
-    sys.stderr.flush()
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from host.envs import GymnasiumEnvs, quiet_stderr
 from host.errors import UserError
 from host.files import list_arrays, read_arrays, require, say
+from host.gym_envs import GymnasiumEnvs, quiet_stderr
 
 FOLDER = Path("~/.ogbench/data")  # where the package keeps its files
 STALL = 20.0  # seconds without a byte before a download is given up

@@ -35,7 +35,7 @@ import numpy as np
 import agents
 import pgd
 from baselines import world_model
-from host import cli, collect, envs, flags, run_folder, spread
+from host import cli, collect, envs, flags, gym_envs, run_folder, spread
 from host.errors import UserError
 from studies.common import Parser, run_study
 from studies.figures import ORDER, new_figure, save_figure
@@ -520,7 +520,7 @@ def bench_host(repeats: int, steps: int = 100_000):
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR
     make = lambda: gymnasium.make("HalfCheetah-v4")
-    by_objects = lambda num: envs.GymnasiumEnvs(make, num, envs.EPISODE)
+    by_objects = lambda num: gym_envs.GymnasiumEnvs(make, num, envs.EPISODE)
     by_threads = lambda num: envs.make_envs("halfcheetah", num)
     policy = collect.Policy.load(collect.POLICIES / "halfcheetah-medium.npz")
     collected = lambda copies: timed(lambda: envs.collect(copies, policy, steps, 0), repeats)

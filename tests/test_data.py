@@ -291,7 +291,20 @@ def test_names_with_and_without_version_and_the_nearest_for_a_typo():
     assert data.resolve("pendulum-medium").simulator == "pendulum"
     assert data.resolve("maze2d-umaze-dense").simulator == "maze2d-umaze-dense"
     assert data.resolve("door-human").simulator == "door"
-    assert data.resolve("antmaze-umaze").simulator is None
+    for name, simulator in [
+        ("antmaze-umaze-diverse", "antmaze-umaze"),
+        ("antmaze-large-play", "antmaze-large"),
+        ("ant-medium-replay", "ant"),
+        ("kitchen-partial", "kitchen"),
+        ("kitchen-complete", "kitchen"),
+        ("kitchen-mixed", "kitchen-mixed"),
+        ("maze2d-large-dense", "maze2d-large-dense"),
+        ("maze2d-umaze", "maze2d-umaze"),
+        ("door-human", "door"),
+    ]:
+        assert data.resolve(name).simulator == simulator
+    judged = {name for name, entry in data.registry().items() if entry.simulator}
+    assert {data.bare_name(n) for n in data.registry()} - set(map(data.bare_name, judged)) == set()
     with pytest.raises(UserError, match="halfcheetah-medium"):
         data.resolve("halfcheeta-medium")
 

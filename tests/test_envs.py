@@ -8,7 +8,7 @@ import pytest
 from conftest import real_log
 
 import data
-from host import envs
+from host import envs, gym_envs
 from host.collect import UniformPolicy
 from host.errors import UserError
 
@@ -198,7 +198,7 @@ def test_evaluation_on_the_host_counts_each_copys_first_episode_only():
 
 
 def test_gymnasium_copies_end_at_their_limit_and_start_again():
-    copies = envs.GymnasiumEnvs(lambda: gymnasium.make("Pendulum-v1"), 2, limit=4)
+    copies = gym_envs.GymnasiumEnvs(lambda: gymnasium.make("Pendulum-v1"), 2, limit=4)
     copies.reset([3, 4])
     ends = []
     for _ in range(9):
@@ -261,3 +261,93 @@ def test_a_missing_extra_is_said_in_a_line_and_costs_the_returns_only(monkeypatc
 def test_an_unknown_simulator_names_those_that_are_there():
     with pytest.raises(UserError, match="halfcheetah"):
         envs.make_envs("halfcheeta", 1)
+
+
+def test_ant_is_gymnasiums_with_contact_forces_of_zero():
+    ant = envs.make_envs("ant", 2)
+    obs = ant.reset([3, 4])
+    same = gymnasium.make("Ant-v4", disable_env_checker=True)
+    first, _ = same.reset(seed=4)
+    assert obs.shape == (2, 111) and not obs[:, 27:].any()
+    np.testing.assert_allclose(obs[1, :27], first, rtol=1e-6)
+    x = ant.envs[1].data.body("torso").xpos[0]
+    action = np.random.default_rng(0).uniform(-1, 1, (2, 8))
+    _, reward, terminal, _ = ant.step(action)
+    moved = ant.envs[1].data.body("torso").xpos[0] - x
+    assert reward[1] == pytest.approx(moved / 0.05 + 1.0 - 0.5 * np.sum(action[1] ** 2), rel=1e-5)
+    assert not terminal.any() and ant.limit == 1000
+
+
+@pytest.mark.parametrize(
+    "task, goal, of_ogbench",
+    [
+        ("antmaze-umaze", (0.0, 8.0), None),
+        ("antmaze-medium", (20.0, 20.0), "antmaze-medium-v0"),
+        ("antmaze-large", (32.0, 24.0), "antmaze-large-v0"),
+    ],
+)
+def test_antmaze_has_d4rls_walls_ant_and_goal(task, goal, of_ogbench):
+    pytest.importorskip("ogbench")
+    maze = envs.make_envs(task, 2)
+    obs = maze.reset(0)
+    assert obs.shape == (2, 29) and np.abs(obs[:, :2]).max() <= 0.1  # the start is the origin
+    model = maze.envs[0].model
+    boxes = {tuple(p[:2]) for p, kind in zip(model.geom_pos, model.geom_type) if kind == 6}
+    if of_ogbench:  # the same maze, from another source; its start is at row 1, column 1
+        cells = gymnasium.make(of_ogbench, disable_env_checker=True).unwrapped.maze_map
+        walls = {(4.0 * (c - 1), 4.0 * (r - 1)) for r, c in np.argwhere(np.array(cells) == 1)}
+        assert boxes == walls
+    else:
+        assert len(boxes) == 18 and (0.0, 4.0) in boxes and (8.0, 4.0) not in boxes
+    # D4RL's ant: torques up to 30, 0.1 s per action
+    torque = model.actuator_gear[:, 0] * model.actuator_ctrlrange[:, 1]
+    assert set(torque) == {30.0} and model.opt.timestep * maze.envs[0].frame_skip == 0.1
+    goals = []
+    for seed in range(20):
+        maze.reset(seed)
+        goals.append(maze.goals[maze.envs[0]])
+    beyond = np.array(goals) - goal
+    assert beyond.min() >= 0 and beyond.max() <= 1.5 and np.ptp(beyond) > 0.5
+    env = maze.envs[0]
+    for offset, reached in [(-0.8, 0.0), (-0.3, 1.0)]:
+        qpos = np.copy(env.init_qpos)
+        qpos[:2] = maze.goals[env] + [offset, 0.0]
+        env.set_state(qpos, env.init_qvel)
+        _, reward, terminal, _ = maze.step(np.zeros((2, 8)))
+        assert (reward[0], terminal[0]) == (reached, bool(reached)) and reward[1] == 0.0
+
+
+def test_kitchen_counts_tasks_in_d4rls_layout():
+    if lacks := envs.missing("kitchen"):
+        pytest.skip(f"kitchen needs {lacks}")
+    kitchen = envs.make_envs("kitchen-mixed", 2)
+    obs = kitchen.reset(0)
+    assert obs.shape == (2, 60) and kitchen.limit == 280
+    goal = obs[0, 30:]
+    np.testing.assert_allclose(goal[[11, 12, 17, 18, 22]], [-0.88, -0.01, -0.69, -0.05, -0.75])
+    assert not goal[:11].any() and not goal[19:22].any()  # the slide cabinet is not asked for
+    env, total = kitchen.envs[0], 0.0
+    at = {"microwave": [22], "light switch": [17, 18], "bottom burner": [11, 12]}
+    for place in at.values():
+        qpos = env.data.qpos.copy()
+        qpos[place] = goal[place]
+        env.robot_env.set_state(qpos, 0 * env.data.qvel)
+        after, reward, terminal, _ = kitchen.step(np.zeros((2, 9)))
+        assert reward.tolist() == [1.0, 0.0] and not terminal.any()
+        np.testing.assert_allclose(after[0, place], goal[place], atol=0.3)
+        total += reward[0]
+    qpos = env.data.qpos.copy()
+    qpos[23:30] = goal[23:30]
+    env.robot_env.set_state(qpos, 0 * env.data.qvel)
+    _, reward, terminal, _ = kitchen.step(np.zeros((2, 9)))
+    assert total + reward[0] == 4.0 and terminal.tolist() == [True, False]
+
+
+def test_a_simulator_that_lacks_its_package_says_which(monkeypatch):
+    monkeypatch.setattr(envs.importlib.util, "find_spec", lambda name: None)
+    assert envs.missing("antmaze-large") == "ogbench"
+    assert envs.missing("kitchen") == "gymnasium-robotics" and envs.missing("hopper") is None
+    monkeypatch.setattr(envs.importlib.util, "find_spec", lambda name: True)
+    for number, lacks in [("3.9.1", None), ("4.0.0", "'mujoco<4'")]:
+        monkeypatch.setattr(envs, "version", lambda name, number=number: number)
+        assert envs.missing("kitchen") == lacks and envs.missing("door") is None

@@ -214,7 +214,7 @@ def test_short_episodes_are_no_mask(save):
 
 
 def goal_log() -> dict:
-    made = log(4, 250)
+    made = log(4, 250, 29, 8)
     made["rewards"][:] = 0.0
     made["rewards"][340:350] = made["terminals"][340:350] = 1.0
     return made
