@@ -51,7 +51,7 @@ from host.d4rl import D4rlFile, Unreachable, d4rl_path, download, read_registry
 from host.errors import UserError, at_least, printable
 from host.export import export, refuse_existing_export
 from host.files import atomic_path, is_log_file, own_dataset, require, say, write_arrays
-from host.gym_envs import MAZES, GymnasiumEnvs
+from host.gym_envs import MAZES, GymnasiumEnvs, OwnEnvs
 from host.logs import SUCCESSORS, Rules, check_log, episode_returns, read_log
 from host.minari import (
     MINARI_NAMES,
@@ -65,6 +65,8 @@ from host.ogbench import OgbenchEnvs, names_of, read_ogbench
 Source = Literal["auto", "d4rl", "collect", "minari", "ogbench"]
 Kind = Literal["d4rl", "collect", "minari", "ogbench", "file"]
 
+
+OWN = "the user's own "  # prefix of a simulator that --judge names; no file can name one
 
 # --- Load: a name or a file -> Task ---
 
@@ -135,13 +137,19 @@ class Found(NamedTuple):
     success: float | None = None
 
 
-def load(name: str | None = None, path: str | None = None, discrete: bool = False) -> Task:
+def load(
+    name: str | None = None,
+    path: str | None = None,
+    discrete: bool = False,
+    judge: str | None = None,
+) -> Task:
     """The name of a task, a file, or both -> Task.
 
     name: as the module's docstring lists them; the version of D4RL's names may be left out.
     path: an HDF5 or npz file in a layout of host/layouts.py. With both, the file is the log, and
     the name, which then has no source's prefix, says which simulator evaluates. discrete: actions
-    that are integers from 0 on are taken as numbers.
+    that are integers from 0 on are taken as numbers. judge: MODULE:EnvId-v0, the user's own
+    environment, which evaluates instead; its module is imported.
     Raises UserError if the name is unknown, the log cannot be had, or a file is not a valid log.
     """
     if path is not None:
@@ -153,6 +161,7 @@ def load(name: str | None = None, path: str | None = None, discrete: bool = Fals
         opened = {"minari": _open_minari, "ogbench": _open_ogbench}
         found = opened.get(entry.source, _open_named)(entry)
     simulator, bounds, log = found.simulator, found.bounds, found.log
+    simulator = f"{OWN}{judge}" if judge else simulator
     if simulator and (package := sim.missing(simulator)):
         say(f"{simulator} cannot be simulated without {package}: pip install {package}; going on "
             "without returns")  # fmt: skip
@@ -165,7 +174,7 @@ def load(name: str | None = None, path: str | None = None, discrete: bool = Fals
         if have != want:
             raise UserError(
                 f"the log has {have[0]} observations and {have[1]} actions, {simulator} has "
-                f"{want[0]} and {want[1]}; leave out --env, or name the log's own task"
+                f"{want[0]} and {want[1]}; name the log's own task or environment"
             )
     low, high = action_bounds(log["actions"], bounds, simulator)
     return Task(
@@ -420,6 +429,8 @@ def make_envs(simulator: str, num: int):
     """`num` copies on the host of a simulator; minari:NAME is the environment of that data set,
     ogbench:NAME that of a task of OGBench.
     Raises UserError if there is no such simulator."""
+    if simulator.startswith(OWN):
+        return OwnEnvs(simulator.removeprefix(OWN), num)
     if simulator.startswith("ogbench:"):
         return OgbenchEnvs(simulator.removeprefix("ogbench:"), num)
     if not simulator.startswith("minari:"):

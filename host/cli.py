@@ -67,7 +67,7 @@ def open_session(given: Flags) -> Session:
     batches = (config.fit_batch, config.sample_batch) if job.synthetic == "diffusion" else ()
     mesh = spread.make_mesh(num_runs, job.devices, batches)
     name = job.env or (None if config.dataset_path else flags.DEFAULT_ENV)
-    task = data.load(name, config.dataset_path, job.discrete_as_continuous)
+    task = data.load(name, config.dataset_path, job.discrete_as_continuous, job.judge)
     if job.physics == "mjx" and task.simulator not in envs.BODIES:
         raise UserError(f"--physics mjx is for {', '.join(envs.BODIES)}, not for {task.name}")
     shift, scale = reward_units(given, task.name)
@@ -381,6 +381,12 @@ def reopen(given: Flags) -> tuple[Flags, str]:
     here = {name: getattr(given.job, name) for name in (*flags.HERE_ONLY, "resume")}
     # A folder that came from elsewhere names no place to write to: only the command line does
     here |= {"export": given.job.export}
+    if given.job.judge != old.job.judge:  # nor code to import
+        own = old.job.judge
+        again = (
+            f"give --judge {own} again, which imports its module" if own else "leave out --judge"
+        )
+        raise UserError(f"{path} is judged by {own or 'no environment of your own'}; {again}")
     if given.job.export:
         here |= {"export_steps": given.job.export_steps}
     elif old.job.export and not (path / "final.json").exists():
@@ -683,6 +689,10 @@ def load_run(path: str | Path) -> Loaded:
     """A finished run's folder -> Loaded, on one device. Raises UserError."""
     saved, fingerprint = run_folder.read_config(path)
     given = from_saved(saved, Path(path) / "config.json")
+    if given.job.judge:
+        raise UserError(
+            f"{path} is judged by {given.job.judge}; code that a folder names is not run"
+        )
     job = dataclasses.replace(given.job, export=None, devices=1, distributed=False)
     session = open_session(given._replace(job=job))
     if fingerprint != session.task.fingerprint:

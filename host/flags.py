@@ -42,6 +42,7 @@ class Job:
     physics: Literal["auto", "c", "mjx"] = (
         "auto"  # MuJoCo's engine; mjx is JAX; auto: mjx with --fused
     )
+    judge: str | None = None  # your own environment that evaluates: MODULE:EnvId-v0
     # --- Run folder ---
     out: str | None = None  # folder of the run; by default runs/TASK-AGENT-SOURCE-SEED-TIME
     resume: str | None = None  # folder of a run to continue, under that run's own settings
@@ -236,7 +237,7 @@ def shown(value: Any) -> str:
 
 
 HERE_ONLY = ("devices", "distributed", "coordinator", "num_hosts", "host")  # not part of a run
-WITH_RESUME = {"resume", "export", "export_steps", "dataset_path", *HERE_ONLY}
+WITH_RESUME = {"resume", "export", "export_steps", "dataset_path", "judge", *HERE_ONLY}
 
 
 def parse(argv: Sequence[str]) -> Flags:
@@ -253,7 +254,7 @@ def parse(argv: Sequence[str]) -> Flags:
         raise UserError(
             f"--resume takes no {wrong}: a run continues under its own settings; only --export, "
             "--export-steps, --dataset-path of a log that has moved, --devices and the flags of "
-            "the hosts may change"
+            "the hosts may change; --judge is given again"
         )
     name = given.get("env") or ("" if "dataset_path" in given else DEFAULT_ENV)
     entry = data.resolve(name) if name else None

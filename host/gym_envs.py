@@ -9,6 +9,7 @@ Each task is the environment of a package, in D4RL's observations, actions, rewa
 import contextlib
 import functools
 import os
+import re
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
@@ -48,18 +49,21 @@ class GymnasiumEnvs:
 
     make() -> an environment with actions in a Box and observations that gymnasium can flatten.
     limit: maximal steps per episode; None for the environment's own. space: the observation space
-    that gives the order of flattening; None for the environment's own. Raises UserError on an
+    that gives the order of flattening; None for the environment's own. wraps: keep its wrappers on.
+    Raises UserError on an
     environment without a limit or without continuous actions.
     """
 
-    def __init__(self, make: Callable, num: int, limit: int | None = None, space=None):
+    def __init__(
+        self, make: Callable, num: int, limit: int | None = None, space=None, wraps: bool = False
+    ):
         self.gymnasium = require("gymnasium", "gymnasium[mujoco]")
         with quiet_stderr(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
             made = [make() for _ in range(num)]
         self.num, self.limit = num, limit or made[0].spec.max_episode_steps
         if self.limit is None:
             raise UserError(f"{made[0].spec.id} has no limit on its episodes")
-        self.envs = [env.unwrapped for env in made]
+        self.envs = made if wraps else [env.unwrapped for env in made]
         self.space = self.envs[0].observation_space if space is None else space
         actions = self.envs[0].action_space
         if not isinstance(actions, self.gymnasium.spaces.Box):
@@ -100,6 +104,33 @@ class GymnasiumEnvs:
         for i in np.flatnonzero(terminal | timeout):
             self.obs[i], self._age[i] = self._start(self.envs[i], None), 0
         return next_obs, reward, terminal, timeout
+
+
+class OwnEnvs(GymnasiumEnvs):
+    """`num` copies of an environment that the user's own module registers: MODULE:EnvId-v0. Its
+    wrappers stay on. Raises UserError where it cannot be made."""
+
+    def __init__(self, name: str, num: int):
+        gymnasium = require("gymnasium", "gymnasium[mujoco]")
+        gymnasium.logger.min_level = gymnasium.logger.ERROR
+        if not re.fullmatch(r"[\w.]+:[\w./-]+", name):
+            raise UserError(
+                f"--judge {name} should be MODULE:EnvId-v0: a module and what it registers"
+            )
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            super().__init__(
+                lambda: gymnasium.make(name, disable_env_checker=True), num, wraps=True
+            )
+        except UserError:
+            raise
+        except Exception as e:  # a user's code may raise anything
+            raise UserError(f"--judge {name} cannot be made ({type(e).__name__}: {e})") from e
+
+    def _step(self, env, action):
+        obs, reward, terminal, truncated, _ = env.step(action.astype(env.action_space.dtype))
+        return self.flatten(obs), reward, terminal or truncated  # either ends the episode
 
 
 # --- maze2d, through gymnasium-robotics ---
