@@ -52,7 +52,7 @@ from host.errors import UserError, at_least, printable
 from host.export import export, refuse_existing_export
 from host.files import atomic_path, is_log_file, own_dataset, require, say, write_arrays
 from host.gym_envs import MAZES, GymnasiumEnvs, OwnEnvs
-from host.logs import SUCCESSORS, Rules, check_log, episode_returns, read_log
+from host.logs import SUCCESSORS, Rules, check_log, episode_returns, mend_log, read_log
 from host.minari import (
     MINARI_NAMES,
     check_minari_name,
@@ -159,7 +159,7 @@ def load(
     else:
         entry = resolve(name)
         opened = {"minari": _open_minari, "ogbench": _open_ogbench}
-        found = opened.get(entry.source, _open_named)(entry)
+        found = opened.get(entry.source, _open_named)(entry, discrete=discrete)
     simulator, bounds, log = found.simulator, found.bounds, found.log
     simulator = f"{OWN}{judge}" if judge else simulator
     if simulator and (package := sim.missing(simulator)):
@@ -218,9 +218,9 @@ def _open_file(path: Path, name: str | None, discrete: bool) -> Found:
     )
 
 
-def _open_minari(entry: "Entry") -> Found:
+def _open_minari(entry: "Entry", discrete: bool = False) -> Found:
     log, about = read_minari(entry.minari)
-    check_log(log, entry.name)
+    mend_log(log, entry.name, entry.name, Rules(discrete=discrete))
     simulator = entry.simulator if about.has_environment else None
     return Found(
         entry.name, log, f"Minari {entry.minari}", "minari", simulator, about.reference,
@@ -228,7 +228,7 @@ def _open_minari(entry: "Entry") -> Found:
     )  # fmt: skip
 
 
-def _open_ogbench(entry: "Entry", path: Path | None = None) -> Found:
+def _open_ogbench(entry: "Entry", path: Path | None = None, discrete: bool = False) -> Found:
     log, path, success = read_ogbench(entry.name.removeprefix("ogbench:"), path)
     check_log(log, str(path))
     source = f"OGBench {path.name}, rewards of the task"
@@ -237,7 +237,7 @@ def _open_ogbench(entry: "Entry", path: Path | None = None) -> Found:
     )
 
 
-def _open_named(entry: "Entry") -> Found:
+def _open_named(entry: "Entry", discrete: bool = False) -> Found:
     """D4RL's file or a collected log, as entry.source says."""
     task = {"simulator": entry.simulator, "reference": entry.reference}
     if entry.source != "collect":

@@ -22,6 +22,8 @@ from host.errors import UserError
 from host.files import DAMAGE, atomic_file, make_folder, own_dataset, require, say
 
 REGISTRY = Path(__file__).resolve().parent / "d4rl_registry.csv"
+HOST = "http://rail.eecs.berkeley.edu/"  # of every file in the registry
+SECOND = "https://huggingface.co/datasets/imone/D4RL/resolve/main"  # holds D4RL's files as they are
 STALL = 20.0  # seconds without a byte before the connection is given up and opened again
 DISK = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)  # errors of the disk, not the host
 
@@ -72,7 +74,8 @@ def download(file: D4rlFile, mirror: str | None = None) -> tuple[Path, str]:
     checked).
 
     mirror, or $PGD_MIRROR: addresses of folders that hold D4RL's files under their own names,
-    separated by blanks. They are tried first, then D4RL's own host. An interrupted download resumes
+    separated by blanks. They are tried first, then D4RL's own host, then for a file of known hash a
+    public copy. An interrupted download resumes
     where it stopped. A lock keeps two processes from fetching the same file at once. The file gets
     its final name only when it opens as a log and its size and SHA-256 agree with the registry. A
     hash that the registry lacks is recorded in NAME.sha256 beside the file and holds from then on.
@@ -109,7 +112,10 @@ def _sources(file: D4rlFile, mirrors: str) -> list[str]:
     urls = [f"{folder.rstrip('/')}/{d4rl_path(file).name}" for folder in mirrors.split()]
     if file.url.startswith("http://"):
         urls.append(file.url.replace("http://", "https://", 1))
-    return [*urls, file.url]
+    urls.append(file.url)
+    if file.sha256 and file.url.startswith(HOST):  # the hash decides whose file it is
+        urls.append(f"{SECOND}/{d4rl_path(file).name}")
+    return urls
 
 
 def _fetch_first(file: D4rlFile, urls: list[str], part: Path, path: Path) -> str:

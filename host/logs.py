@@ -39,28 +39,33 @@ def read_log(path: Path | str, rules: Rules = Rules()) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     log, said, unsure = layouts.read(path)
-    rules = rules._replace(unsure=unsure)
-    for key in set(KEYS[2:]) & set(log):
-        if log[key].ndim == 2 and log[key].shape[1] == 1:
-            log[key] = log[key][:, 0]
-    unknown = drop_unknown_successors(log)
-    check_log(log, str(path))
-    for key in set(KEYS[3:]) & set(log):
-        log[key] = as_flags(log[key], key, path, rules)
-    refuse_discrete(log["actions"], path, rules)
-    steps: list[Callable] = [drop_repeated_tail, mend_terminals, mend_timeouts, drop_resets, narrow]
-    try:
-        phrases = [said, unknown, *(step(log, rules) for step in steps)]
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
-    for phrase in filter(None, phrases):
-        say(f"{path.name}: {phrase}")
+    mend_log(log, str(path), path.name, rules._replace(unsure=unsure), said)
     if "timeouts" not in log:
         raise UserError(
             f"{path} has no timeouts, and neither next_observations nor a known task to restore "
             "them from; add the array, or name the task with --env"
         )
     return log
+
+
+def mend_log(log: dict, where: str, name: str, rules: Rules, said: str = "") -> None:
+    """Check arrays under D4RL's names and mend them, in place; say what was done, after `said`.
+    Raises UserError, which begins with `where`."""
+    for key in set(KEYS[2:]) & set(log):
+        if log[key].ndim == 2 and log[key].shape[1] == 1:
+            log[key] = log[key][:, 0]
+    unknown = drop_unknown_successors(log)
+    check_log(log, where)
+    for key in set(KEYS[3:]) & set(log):
+        log[key] = as_flags(log[key], key, where, rules)
+    refuse_discrete(log["actions"], where, rules)
+    steps: list[Callable] = [drop_repeated_tail, mend_terminals, mend_timeouts, drop_resets, narrow]
+    try:
+        phrases = [said, unknown, *(step(log, rules) for step in steps)]
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
+    for phrase in filter(None, phrases):
+        say(f"{name}: {phrase}")
 
 
 # --- Checks ---
@@ -96,7 +101,7 @@ def check_log(log: dict[str, np.ndarray], where: str) -> None:
             )
 
 
-def as_flags(x: np.ndarray, key: str, path: Path, rules: Rules) -> np.ndarray:
+def as_flags(x: np.ndarray, key: str, path: str, rules: Rules) -> np.ndarray:
     """terminals or timeouts (N,) -> the same as bool. Raises UserError for other numbers than 0 and
     1, and for terminals that are most likely a mask of the steps that are none."""
     if x.dtype != bool:
@@ -125,7 +130,7 @@ def drop_unknown_successors(log: dict[str, np.ndarray]) -> str:
     return "next_observations at the ends of episodes are NaN; the transitions there are left out"
 
 
-def refuse_discrete(actions: np.ndarray, path: Path, rules: Rules) -> None:
+def refuse_discrete(actions: np.ndarray, path: str, rules: Rules) -> None:
     """Raise UserError for actions that are indices 0, 1, 2, ..., unless the rules take them."""
     few = actions[:1000]
     if rules.discrete or few.min() < 0 or np.any(few != np.round(few)):

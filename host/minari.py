@@ -213,7 +213,8 @@ def _read_episodes(found, name: str) -> dict[str, np.ndarray]:
         timeout[-1] |= not terminal[-1]
         rows = obs[:-1], action, np.asarray(episode.rewards), terminal, timeout, obs[1:]
         if log is None:
-            kinds = (np.float32, np.float32, np.float32, bool, bool, np.float32)
+            wide = np.float64 if obs.dtype == np.float64 else np.float32
+            kinds = (wide, np.float32, np.float32, bool, bool, wide)
             log = {
                 key: np.empty((num, *x.shape[1:]), kind)
                 for key, x, kind in zip(ARRAYS, rows, kinds)
@@ -228,10 +229,12 @@ def _read_episodes(found, name: str) -> dict[str, np.ndarray]:
 
 def _flatten(space, x, where: str) -> np.ndarray:
     """T elements of a space, stacked as Minari stores them -> (T, n), each as gymnasium flattens
-    it."""
+    it; in double precision where it is stored so."""
     spaces = require("gymnasium", "gymnasium").spaces
     if isinstance(space, spaces.Box):
-        return np.asarray(x, np.float32).reshape(len(x), -1)
+        x = np.asarray(x)
+        kind = np.float64 if x.dtype.kind in "fiu" and x.dtype.itemsize > 4 else np.float32
+        return x.astype(kind, copy=False).reshape(len(x), -1)
     if isinstance(space, spaces.Discrete):
         return np.eye(space.n, dtype=np.float32)[np.asarray(x) - space.start]
     if isinstance(space, spaces.Dict):

@@ -249,7 +249,10 @@ def test_a_plain_address_is_tried_encrypted_first():
         "http://two/toy.hdf5",
     ]
     for known in d4rl.read_registry().values():
-        assert d4rl._sources(known, "")[0].startswith("https://")
+        sources = d4rl._sources(known, "")
+        assert sources[0] == known.url.replace("http://", "https://") and known.url in sources
+        # A copy that others keep is asked last, and only where a hash tells whether it is D4RL's
+        assert sources[2:] == [f"{d4rl.SECOND}/{d4rl.d4rl_path(known).name}"] * bool(known.sha256)
 
 
 @pytest.mark.parametrize("fault", ["not found", "redirects for ever"])

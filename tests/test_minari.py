@@ -10,6 +10,7 @@ import pytest
 from conftest import data_command, successors, toy_log
 
 import data
+import pgd
 from host import envs
 from host.errors import UserError
 from host.export import write_minari
@@ -307,3 +308,55 @@ def test_hard_links_empty_space_and_links_out_of_the_set_are_refused(hostile, tm
     main.symlink_to(tmp_path / "away.hdf5")
     with pytest.raises(UserError, match="is a link to a file outside the data set"):
         data.load("minari:toy/dict-v0")
+
+
+def plain_set(tmp_path, monkeypatch, change=lambda episode: None, episodes=3, length=40):
+    """Write toy/plain-v0: episodes of Box observations in double precision, each after a change."""
+    minari = pytest.importorskip("minari")
+    from gymnasium import spaces
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    rng, made = np.random.default_rng(0), []
+    for _ in range(episodes):
+        end = np.arange(length) == length - 1
+        episode = {
+            "observations": rng.normal(size=(length + 1, 3)),
+            "actions": rng.uniform(-1, 1, (length, 2)).astype(np.float32),
+            "rewards": rng.normal(size=length),
+            "terminations": np.zeros(length, bool),
+            "truncations": end,
+        }
+        change(episode)
+        made.append(EpisodeBuffer(**episode))
+    minari.create_dataset_from_buffers(
+        "toy/plain-v0", made, action_space=spaces.Box(-1.0, 1.0, (2,), np.float32),
+        observation_space=spaces.Box(-np.inf, np.inf, (3,), np.float64), data_format="hdf5",
+    )  # fmt: skip
+    return made
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_minari_set_is_mended_as_a_file_is(tmp_path, monkeypatch, capsys):
+    def far(episode):  # as time stamps are
+        episode["observations"] += 1.7e9
+
+    made = plain_set(tmp_path, monkeypatch, far)
+    log = data.load("minari:toy/plain-v0").log
+    seen = np.concatenate([e.observations[:-1] for e in made])
+    np.testing.assert_array_equal(log["observations"], seen)  # in double precision
+    dataset = pgd.make_dataset(log, pgd.Config(horizon=8))
+    rows = np.asarray(dataset.transitions(np.arange(len(dataset.usable))).obs)[:, 0]
+    assert len(rows) == len(seen) and np.corrcoef(rows, seen[:, 0])[0, 1] > 0.999
+    assert "a policy sees single precision" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_minari_set_of_discrete_choices_is_refused_unless_asked_for(tmp_path, monkeypatch):
+    def choices(episode):
+        episode["actions"] = np.round(episode["actions"] + 1).clip(0, 1)
+
+    plain_set(tmp_path, monkeypatch, choices)
+    with pytest.raises(UserError, match="minari:toy/plain-v0: the actions are the integers 0 to 1"):
+        data.load("minari:toy/plain-v0")
+    assert len(data.load("minari:toy/plain-v0", discrete=True).log["rewards"]) == 120
