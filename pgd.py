@@ -184,7 +184,7 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
     steps[:num, num_obs:-2] = np.arctanh(np.clip(unit, -0.999, 0.999))
     steps[:num, -2], steps[:num, -1] = log["rewards"], terminals
     mean, std = (f(steps[:num], 0, dtype=np.float64) for f in (np.mean, np.std))
-    std[np.ptp(steps[:num], 0) <= 8 * np.finfo(kind).eps * np.abs(mean)] = 1.0  # constant channels
+    std[np.ptp(steps[:num], 0) <= 8 * np.finfo(kind).eps * np.abs(mean) + 1e-30] = 1.0  # constant
     steps -= mean.astype(kind)
     steps /= std.astype(kind)
 

@@ -54,6 +54,9 @@ def mend_log(log: dict, where: str, name: str, rules: Rules, said: str = "") -> 
     for key in set(KEYS[2:]) & set(log):
         if log[key].ndim == 2 and log[key].shape[1] == 1:
             log[key] = log[key][:, 0]
+    for key in {*KEYS[:3], SUCCESSORS} & set(log):
+        if log[key].dtype == bool:
+            log[key] = log[key].astype(np.float32)
     unknown = drop_unknown_successors(log)
     check_log(log, where)
     for key in set(KEYS[3:]) & set(log):
@@ -122,6 +125,8 @@ def drop_unknown_successors(log: dict[str, np.ndarray]) -> str:
     NaN."""
     if SUCCESSORS not in log or log[SUCCESSORS].ndim != 2 or "timeouts" not in log:
         return ""
+    if log["timeouts"].shape != log["terminals"].shape:
+        return ""  # check_log says so
     unknown = np.isnan(log[SUCCESSORS]).any(axis=1)
     ends = (log["timeouts"] != 0) | (log["terminals"] != 0)
     if not unknown.any() or ends.shape != unknown.shape or np.any(unknown[:-1] & ~ends[:-1]):

@@ -714,3 +714,29 @@ def test_published_logs_are_unchanged_in_count_and_return(name, episodes, mean, 
     with h5py.File(path) as f:
         for key in f:
             np.testing.assert_array_equal(np.asarray(f[key]).astype(found[key].dtype), found[key])
+
+
+# --- Found by generated inputs ---
+
+
+def test_observations_that_are_flags_are_numbers(save):
+    made = log(2, 30)
+    made["observations"] = made["observations"] > 0
+    made["next_observations"] = np.roll(made["observations"], -1, axis=0)
+    found = read_log(save(made))
+    assert found["observations"].dtype == np.float32
+    np.testing.assert_array_equal(found["observations"], made["observations"])
+
+
+def test_ends_of_other_lengths_beside_unknown_successors_are_one_line(save):
+    made = log(2, 30) | {"next_observations": np.full((60, 3), np.nan), "terminals": np.zeros(0)}
+    with pytest.raises(UserError, match="terminals has shape .0,."):
+        read_log(save(made))
+
+
+def test_a_channel_of_hardly_anything_counts_as_constant(save):
+    made = log(4, 30)
+    made["observations"][:, 0] = 0.0
+    made["observations"][3, 0] = 1e-45  # the smallest number of single precision
+    dataset = pgd.make_dataset(read_log(save(made)), pgd.Config(horizon=4))
+    assert np.isfinite(np.asarray(dataset.steps)).all() and dataset.std[0] == 1.0
