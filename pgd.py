@@ -64,7 +64,7 @@ class Config:
     p_std: float = 1.2  # standard deviation of ln sigma in training (EDM Table 1)
     # --- Sampler ---
     sampler: Literal["sde", "heun"] = "sde"  # sde: one call per level; heun: EDM Algorithm 2
-    sample_steps: int = 64  # number of noise levels (N)
+    sample_steps: int = 16  # number of noise levels (N)
     sigma_min: float = 0.01  # lowest noise level before 0
     sigma_max: float = 20.0  # highest noise level
     rho: float = 7.0  # curvature of the noise schedule (EDM equation 5)
@@ -75,7 +75,7 @@ class Config:
     s_tmax: float = 50.0  # heun: no churn above this noise level
     s_noise: float = 1.003  # heun: inflation of the added noise
     # --- Guidance ---
-    guidance: float = 16.0  # exponent lambda of the policy's density pi(a|s); 0 is unguided
+    guidance: float = 64.0  # exponent lambda of the policy's density pi(a|s); 0 is unguided
     value_guidance: float = 0.0  # weight of the critic's Q(s, a) / mean |Q| in the log-density
     behaviour_guidance: float = 0.0  # exponent by which a clone of the log's policy is divided out
     condition_on_start: bool = False  # generate trajectories from given first observations

@@ -268,6 +268,8 @@ def parse(argv: Sequence[str]) -> Flags:
     values = PRESETS[preset] | {k: v for k, v in given.items() if not k.startswith("hyper.")}
     if given.get("synthetic") == "none":
         values["real_batch"] = values.get("batch_size", Config.batch_size)
+    if values.get("guidance_rule") == "paper":
+        values.setdefault("guidance", 1.0)  # the paper's; its unit is another
     values |= {"sweep": tuple(values["sweep"])} if "sweep" in values else {}
     return from_values(values, hyper)
 
@@ -385,6 +387,7 @@ def rules(j: Job, c: Config) -> Iterator[tuple[str, bool]]:
         "diffusion",
         diffusion or not extras,
     )
+    yield "--guidance-rule needs --synthetic diffusion", diffusion or j.guidance_rule == "density"
     yield (
         "--denoiser needs --synthetic diffusion or world-model",
         not (j.denoiser and j.synthetic == "none"),

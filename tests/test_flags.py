@@ -261,10 +261,18 @@ def test_an_integer_that_cannot_work_is_one_clear_line(name, value, toy_file, tm
         (["--levels", 10**9], "--levels must lie between 1 and 100"),
         (["--levels", 7], "--levels 7 needs a --horizon that can be halved 6 times"),
         (["--sample-steps", 1], "--sample-steps must be at least 2"),
+        (["--guidance-rule", "paper", "--synthetic", "none"], "--guidance-rule needs --synthetic"),
     ],
 )
 def test_zero_and_huge_values_name_what_would_work(args, message, capsys):
     assert message in mistake(capsys, args)
+
+
+def test_the_papers_rule_has_the_papers_weight_unless_one_is_given():
+    weight = lambda *words: flags.parse(words).config.guidance
+    assert weight() == pgd.Config().guidance == 64.0
+    assert weight("--guidance-rule", "paper") == weight("--preset", "paper") == 1.0
+    assert weight("--guidance-rule", "paper", "--guidance", "0.25") == 0.25
 
 
 @pytest.mark.parametrize("agent", agents.AGENTS)
