@@ -235,8 +235,8 @@ FAULTS = [
 ]
 
 
-def campaign(num_kills: int, num_others: int, seed: int) -> list[dict]:
-    """-> a row per kind of fault: how many tries, and how they ended."""
+def campaign(num_kills: int, num_others: int, seed: int, path: Path) -> list[dict]:
+    """-> a row per kind of fault: how many tries, and how they ended; kept in `path` as they come."""
     tries = [
         ("killed at any time", lambda b: kills(b, num_kills // 2, False)),
         ("killed while it saves", lambda b: kills(b, num_kills - num_kills // 2, True)),
@@ -252,6 +252,7 @@ def campaign(num_kills: int, num_others: int, seed: int) -> list[dict]:
             for verdict in tqdm(make(bench), what, disable=None):
                 counts[verdict] += 1
             rows.append({"fault": what, "tries": sum(counts.values())} | counts)
+            save_table(path, rows)
             say(", ".join(f"{k} {v}" for k, v in rows[-1].items()))
     return rows
 
@@ -298,8 +299,7 @@ def study(argv: list[str]) -> None:
         save_table(Path(args.out) / "memory.csv", memory(args.minutes))
         print(f"saved: {args.out}/memory.csv")
         return
-    rows = campaign(args.kills, args.others, args.seed)
-    save_table(Path(args.out) / "faults.csv", rows)
+    rows = campaign(args.kills, args.others, args.seed, Path(args.out) / "faults.csv")
     print(f"saved: {args.out}/faults.csv")
     if any(row["wrong"] for row in rows):
         sys.exit(1)
