@@ -236,7 +236,7 @@ FAULTS = [
 
 
 def campaign(num_kills: int, num_others: int, seed: int, path: Path) -> list[dict]:
-    """-> a row per kind of fault: how many tries, and how they ended; kept in `path` as they come."""
+    """-> a row per kind of fault: how many tries, and how they ended. `path` keeps the rows."""
     tries = [
         ("killed at any time", lambda b: kills(b, num_kills // 2, False)),
         ("killed while it saves", lambda b: kills(b, num_kills - num_kills // 2, True)),
