@@ -11,6 +11,8 @@ os.environ["D4RL_DATASET_DIR"] = tempfile.mkdtemp(prefix="pgd-d4rl-")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pgd-xla-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # a test process per core has no second core to use
 # Tests compile much and compute little
 FLAGS = "--xla_backend_optimization_level=0"
 if version("jax").startswith("0.10."):  # XLA stops at a flag that it does not know
@@ -49,6 +51,11 @@ def toy_log(episodes=12, length=40, obs_dim=3, act_dim=2, seed=0):
             x = 0.9 * x + 0.3 * a.sum() + 0.05 * rng.normal(size=obs_dim)
     out = {k: np.array(v, np.float32) for k, v in log.items()}
     return out | {k: out[k].astype(bool) for k in ("terminals", "timeouts")}
+
+
+def with_devices(**more) -> dict[str, str]:
+    """-> the environment of a process that chooses its CPU devices itself, or by `more`."""
+    return {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"} | more
 
 
 @pytest.fixture

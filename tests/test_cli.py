@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, real_log, toy_log
+from conftest import ROOT, real_log, toy_log, with_devices
 
 import data
 import pgd
@@ -68,7 +68,7 @@ def assert_one_line(done, message: str) -> None:
 def finished(tmp_path_factory):
     """The smoke preset, start to end."""
     folder = tmp_path_factory.mktemp("runs") / "smoke"
-    done = call("--preset", "smoke", "--num-seeds", 2, "--out", folder)
+    done = call("--preset", "smoke", "--num-seeds", 2, "--out", folder, env=with_devices())
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -248,8 +248,9 @@ def test_a_sweep_killed_half_way_goes_on_to_the_same_table(tmp_path, toy_file):
         time.sleep(0.02)
     half.send_signal(signal.SIGKILL)
     half.wait()
-    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
-    resumed = call("--resume", tmp_path / "half", "--devices", 1, env=os.environ | flags)
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    env = with_devices(XLA_FLAGS=flags)
+    resumed = call("--resume", tmp_path / "half", "--devices", 1, env=env)
     assert resumed.returncode == 0, resumed.stderr
     assert finals(tmp_path / "half") == finals(tmp_path / "whole")
 

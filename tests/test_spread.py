@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, toy_log
+from conftest import ROOT, toy_log, with_devices
 from test_train import CONFIG, MAKERS, assert_close, evaluate
 
 import agents
@@ -399,7 +399,7 @@ print("one run, its batches split: as on one device")
 @pytest.mark.parametrize("num", [2, 8])
 def test_many_devices_give_what_one_gives(num):
     settings = f"--xla_force_host_platform_device_count={num} " + os.environ["XLA_FLAGS"]
-    env = os.environ | {"XLA_FLAGS": settings}
+    env = with_devices(XLA_FLAGS=settings)
     code = "import sys; sys.path.insert(0, 'tests'); import conftest\n" + ON_DEVICES
     ask = [sys.executable, "-c", code, str(num)]
     said = subprocess.run(ask, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -461,7 +461,7 @@ devices.one_device_per_core(1)  # JAX has started: no effect, no error
     ],
 )
 def test_runs_share_the_cores_of_a_cpu(counts, chosen, num):
-    env = os.environ | {"XLA_FLAGS": ""} | chosen
+    env = with_devices(**{"XLA_FLAGS": ""} | chosen)
     ask = [sys.executable, "-c", CORES, *map(str, counts)]
     said = subprocess.run(ask, cwd=ROOT, env=env, capture_output=True, text=True)
     assert said.stdout == f"{num}\n", said.stderr[-1000:]
