@@ -70,7 +70,7 @@ def open_session(given: Flags) -> Session:
     task = data.load(name, config.dataset_path, job.discrete_as_continuous, job.judge)
     if job.physics == "mjx" and task.simulator not in envs.BODIES:
         raise UserError(f"--physics mjx is for {', '.join(envs.BODIES)}, not for {task.name}")
-    shift, scale = reward_units(given, task.name)
+    shift, scale = reward_units(job)
     log = task.log | {"rewards": (task.log["rewards"] + shift) * scale}
     dataset = pgd.make_dataset(log, config, task.action_low, task.action_high)
     del log
@@ -87,12 +87,14 @@ def open_session(given: Flags) -> Session:
     return s._replace(evaluate=make_evaluate(s))
 
 
-def reward_units(given: Flags, name: str) -> tuple[float, float]:
+def reward_units(job: flags.Job) -> tuple[float, float]:
     """-> (what is added to each reward of the log, the factor after that). Antmaze's rewards of 0
     and 1 become -1 and 0 unless the user says otherwise, as in IQL (2110.06169)."""
-    task, shift = given.job.env or name, given.job.reward_shift
+    if job.reward_shift is not None:
+        return job.reward_shift, job.reward_scale
+    task = job.env or ""
     antmaze = "antmaze" in task and not task.startswith("ogbench:")  # whose rewards are -1 and 0
-    return (-1.0 * antmaze if shift is None else shift), given.job.reward_scale
+    return -1.0 * antmaze, job.reward_scale
 
 
 def check_machine(given: Flags) -> None:
@@ -420,7 +422,7 @@ def notes(session: Session) -> None:
     if job.preset == "default" and not job.resume and jax.default_backend() == "cpu":
         if config.features >= flags.PRESETS["default-large"]["features"]:
             say("note: this run is sized for a GPU; on this CPU, use --preset laptop")
-    if job.reward_shift is None and reward_units(session.flags, session.task.name)[0]:
+    if job.reward_shift is None and reward_units(job)[0]:
         say(
             "note: 1 is taken from every reward, as is usual for antmaze; --reward-shift 0 does not"
         )
@@ -466,7 +468,7 @@ def describe(session: Session) -> run_folder.About:
         many = "one per seed" if not job.shared_denoiser else f"the {what} of seed 0 for all seeds"
         denoisers = many if config.num_seeds > 1 or job.shared_denoiser else None
     guidance = config.guidance if job.synthetic == "diffusion" else None
-    shift, scale = reward_units(session.flags, task.name)
+    shift, scale = reward_units(job)
     rewards = None if (shift, scale) == (0, 1) else f"(reward {shift:+g}) x {scale:g}"
     return run_folder.About(
         task.name, config.agent, job.synthetic, score, task.behaviour_return, task.source, guidance,
@@ -506,7 +508,7 @@ def export_all(session: Session, done: Finished) -> list[str]:
     job, config, dataset = session.flags.job, session.flags.config, session.dataset
     seeds = range(config.seed, config.seed + config.num_seeds)
     length = session.make_generator(config).length
-    shift, scale = reward_units(session.flags, session.task.name)
+    shift, scale = reward_units(job)
     sound = np.asarray(done.state.round) >= 0  # runs that have not diverged
     generate = jax.jit(done.program.generate)
     logs, rows, state = [[] for _ in seeds], 0, done.state

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import jax
 
+from host.cores import CGROUP, num_cores
 from host.errors import UserError
 from host.files import say
-
-CGROUP = Path("/sys/fs/cgroup")  # limits of the container, on Linux
 
 
 def enable_cache(folder: Path) -> None:
@@ -40,15 +39,6 @@ def one_device_per_core(*counts: int) -> None:
     num = max(n for n in range(1, num_cores() + 1) if all(count % n == 0 for count in counts))
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", num)
-
-
-def num_cores() -> int:
-    """-> cores of the CPU that this process may use: its affinity, and the quota of a container."""
-    num = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no quota
-        quota, period = map(int, (CGROUP / "cpu.max").read_text().split())
-        num = min(num, max(1, quota // period))
-    return num
 
 
 def check_backend() -> None:

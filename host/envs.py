@@ -16,7 +16,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from host.cores import num_cores
 from host.errors import UserError
 from host.files import require
 from host.gym_envs import D4RL, quiet_stderr, seeds_of
@@ -103,7 +103,7 @@ class MujocoEnvs:
         self.body, self.model = load_body(task)
         mujoco = require("mujoco", "gymnasium[mujoco]")
         rollout = require("mujoco.rollout", "gymnasium[mujoco]")
-        threads = min(threads or _cores(), num)
+        threads = min(threads or num_cores(), num)
         self._pool = rollout.Rollout(nthread=threads)
         self._data = [mujoco.MjData(self.model) for _ in range(threads)]
         self._models = [self.model] * num
@@ -529,12 +529,3 @@ def render(task: str, obs: np.ndarray, size: int = 120) -> np.ndarray:
             renderer.update_scene(state, camera)
             frames.append(renderer.render())
     return np.stack(frames)
-
-
-# --- Helpers ---
-
-
-def _cores() -> int:
-    """Number of CPU cores that this process may use."""
-    ask = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(ask(0)) if ask else os.cpu_count()

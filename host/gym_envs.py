@@ -241,7 +241,7 @@ class AntMazeEnvs(GymnasiumEnvs):
 
     def _start(self, env, seed):
         obs = super()._start(env, seed)
-        goal = np.array(place_of(self.maze, "g"))
+        goal = np.array(places_of(self.maze, "g")[0])
         noise = env.np_random.uniform(0, 0.25 * CELL, 2) + env.np_random.uniform(0, 0.125 * CELL, 2)
         self.goals[env] = np.maximum(goal + noise, 0.0)
         return obs
@@ -252,26 +252,22 @@ class AntMazeEnvs(GymnasiumEnvs):
         return obs, float(reached), reached
 
 
-def place_of(maze: str, mark: str) -> tuple[float, float]:
-    """Where a cell's centre is, as x and y from the centre of the start's cell, in metres."""
+def places_of(maze: str, mark: str) -> list[tuple[float, float]]:
+    """-> x and y of the centres of all cells with a mark, in metres from that of the start."""
     rows = maze.split()
-    at = lambda mark: next((r, row.index(mark)) for r, row in enumerate(rows) if mark in row)
-    (row, column), (start_row, start_column) = at(mark), at("r")
-    return CELL * (column - start_column), CELL * (row - start_row)
+    at = lambda mark: [(c, r) for r, row in enumerate(rows) for c, x in enumerate(row) if x == mark]
+    start = at("r")[0]
+    return [(CELL * (c - start[0]), CELL * (r - start[1])) for c, r in at(mark)]
 
 
 def maze_xml(ant: str, maze: str) -> str:
     """MuJoCo's XML of an ant, and rows of cells -> the same with the maze's walls."""
     tree = ElementTree.fromstring(ant)
-    rows, world = maze.split(), tree.find("worldbody")
-    origin = next((r, row.index("r")) for r, row in enumerate(rows) if "r" in row)
-    for r, row in enumerate(rows):
-        for c in (c for c, cell in enumerate(row) if cell == "#"):
-            x, y = CELL * (c - origin[1]), CELL * (r - origin[0])
-            ElementTree.SubElement(
-                world, "geom", type="box", pos=f"{x} {y} {CELL / 4}", contype="1",
-                size=f"{CELL / 2} {CELL / 2} {CELL / 4}", conaffinity="1",
-            )  # fmt: skip
+    for x, y in places_of(maze, "#"):
+        ElementTree.SubElement(
+            tree.find("worldbody"), "geom", type="box", pos=f"{x} {y} {CELL / 4}", contype="1",
+            size=f"{CELL / 2} {CELL / 2} {CELL / 4}", conaffinity="1",
+        )  # fmt: skip
     return ElementTree.tostring(tree, encoding="unicode")
 
 
@@ -327,15 +323,14 @@ def adroit(task: str, num: int) -> GymnasiumEnvs:
 
 def _tasks() -> Iterator[tuple[str, D4rlTask]]:
     yield "ant", D4rlTask("gymnasium", AntEnvs)
-    for names, package, make in [
-        (ADROIT, "gymnasium_robotics", adroit),
-        (MAZES, "gymnasium_robotics", MazeEnvs),
-        (ANT_MAZES, "ogbench", AntMazeEnvs),
-        (KITCHENS, "gymnasium_robotics", KitchenEnvs),
+    for names, package, make, mujoco_below in [
+        (ADROIT, "gymnasium_robotics", adroit, None),
+        (MAZES, "gymnasium_robotics", MazeEnvs, None),
+        (ANT_MAZES, "ogbench", AntMazeEnvs, None),
+        (KITCHENS, "gymnasium_robotics", KitchenEnvs, 4),  # its 1.4 compares types of joints
     ]:
         for name in names:
-            below = 4 if names is KITCHENS else None  # gymnasium-robotics 1.4 compares joint types
-            yield name, D4rlTask(package, functools.partial(make, name), below)
+            yield name, D4rlTask(package, functools.partial(make, name), mujoco_below)
 
 
 D4RL: dict[str, D4rlTask] = dict(_tasks())

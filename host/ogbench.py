@@ -21,6 +21,7 @@ from host.errors import UserError
 from host.files import list_arrays, read_arrays, require, say
 from host.gym_envs import GymnasiumEnvs, quiet_stderr
 
+EXAMPLE = "ogbench:antmaze-large-navigate-singletask-v0"
 FOLDER = Path("~/.ogbench/data")  # where the package keeps its files
 STALL = 20.0  # seconds without a byte before a download is given up
 
@@ -37,7 +38,7 @@ def names_of(task: str) -> Names:
     task1-v0, and its data set, antmaze-large-navigate-v0. Raises UserError on another name."""
     parts = task.split("-")
     if not re.fullmatch(r"[a-z0-9-]+-v\d+", task) or len(parts) < 3:
-        raise UserError(f"ogbench:{task} is not a name of OGBench, such as {example()}")
+        raise UserError(f"ogbench:{task} is not a name of OGBench, such as {EXAMPLE}")
     if "singletask" not in parts:
         with_goal = "-".join([*parts[:-1], "singletask", parts[-1]])
         raise UserError(
@@ -53,11 +54,6 @@ def names_of(task: str) -> Names:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"OGBench has no environment {env} for ogbench:{task}{hint}")
     return Names(env, data)
-
-
-def example() -> str:
-    """-> the name of a task, for messages."""
-    return "ogbench:antmaze-large-navigate-singletask-v0"
 
 
 def registered() -> list[str]:

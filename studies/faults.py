@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -66,14 +65,14 @@ class Bench:
         return self.folder / f"run{self.count}"
 
     def start(self, out: Path, *more: str, limit: int | None = None) -> subprocess.Popen:
-        """Begin a run, or go on with one where there is a folder. limit: bytes of a file."""
+        """Begin a run, or go on with one where there is a folder. limit: KiB of a file."""
         begun = (out / "config.json").exists()
         args = ["--resume", str(out)] if begun else [*RUN, "--out", str(out), *more]
-        cap = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        capped = ["bash", "-c", f'ulimit -f {limit} && exec "$@"', "bash"] if limit else []
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "pgd.py"), *args], env=os.environ | {"PGD_SAVE_EVERY": "0"},
+            [*capped, sys.executable, str(ROOT / "pgd.py"), *args],
+            env=os.environ | {"PGD_SAVE_EVERY": "0"},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            preexec_fn=cap if limit else None,
         )  # fmt: skip
 
     def run(self, out: Path, *more: str, limit: int | None = None) -> Ended:
@@ -202,7 +201,7 @@ def full_disks(bench: Bench, num: int) -> Iterator[str]:
     """Let no file grow beyond a size at which a run cannot be saved; then go on without a limit."""
     for _ in range(num):
         out = bench.new()
-        last = bench.run(out, limit=bench.rng.randint(2_000, 60_000))
+        last = bench.run(out, limit=bench.rng.randint(2, 60))
         bad = last.status != 2 or "Traceback" in last.said
         yield "wrong" if bad else bench.verdict(out)
 

@@ -68,7 +68,8 @@ def assert_one_line(done, message: str) -> None:
 def finished(tmp_path_factory):
     """The smoke preset, start to end."""
     folder = tmp_path_factory.mktemp("runs") / "smoke"
-    done = call("--preset", "smoke", "--num-seeds", 2, "--out", folder, env=with_devices())
+    env = with_devices(PGD_SAVE_EVERY="1e9")  # one save, at the end, however slow the machine is
+    done = call("--preset", "smoke", "--num-seeds", 2, "--out", folder, env=env)
     assert done.returncode == 0, done.stderr
     return folder, done
 

@@ -174,16 +174,19 @@ def test_flags_are_taken_or_one_line(words, capsys):
         w and "--help-all".startswith(w) and w.startswith("--h") for w in words
     ):
         return
-    one_line(started, words)
+    points = one_line(started, words)
+    assert points is None or (points and all(isinstance(p, dict) for p in points))
 
 
 @often
 @given(prefix=st.sampled_from(["", "d4rl:", "collect:", "minari:", "ogbench:", "x:"]),
        name=st.one_of(st.text(max_size=30), st.from_regex(r"[a-z0-9/-]{1,20}(-v\d)?")))  # fmt: skip
 def test_a_name_is_known_or_one_line(prefix, name):
-    one_line(data.resolve, prefix + name)
-    one_line(check_minari_name, name)
-    one_line(names_of, name)
+    entry = one_line(data.resolve, prefix + name)
+    assert entry is None or bool(entry.name)
+    assert one_line(check_minari_name, name) in (None, name)
+    found = one_line(names_of, name)
+    assert found is None or "singletask" in found.env
 
 
 # --- Settings of a folder ---
@@ -217,10 +220,12 @@ def test_a_changed_config_is_taken_or_one_line(tmp_path_factory, config, chosen)
         saved, _ = run_folder.read_config(folder)
         again = cli.from_saved(saved, folder / "config.json")
         flags.check_agent(again, flags.sweep_points(again))
+        return again
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one_line(reopened)
+        again = one_line(reopened)
+    assert again is None or all(again.as_dict()[k] is not None for k in ("agent", "seed", "rounds"))
 
 
 @often
@@ -237,4 +242,5 @@ def test_any_observations_are_standardised_or_one_line(tmp_path_factory, x):
     log = toy_log(episodes=2, length=6) | {"observations": x}
     path = tmp_path_factory.mktemp("o") / "log.npz"
     np.savez(path, **log)
-    one_line(used, path, Rules())
+    dataset = one_line(used, path, Rules())
+    assert dataset is None or (dataset.obs_dim == 2 and np.all(np.asarray(dataset.std) > 0))

@@ -19,7 +19,7 @@ from test_train import CONFIG, MAKERS, assert_close, evaluate
 
 import agents
 import pgd
-from host import cli, devices, envs, flags, spread
+from host import cli, cores, devices, envs, flags, spread
 from host.errors import UserError
 
 SMALL = dataclasses.replace(CONFIG, fit_steps=10, rounds=2)
@@ -468,12 +468,12 @@ def test_runs_share_the_cores_of_a_cpu(counts, chosen, num):
 
 
 def test_a_container_has_the_cores_of_its_quota(monkeypatch, tmp_path):
-    monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    monkeypatch.setattr(cores, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert devices.num_cores() == 8
-    for quota, cores in [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)]:
+    assert cores.num_cores() == 8
+    for quota, num in [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)]:
         (tmp_path / "cpu.max").write_text(quota + "\n")
-        assert devices.num_cores() == cores
+        assert cores.num_cores() == num
 
 
 def test_a_mesh_that_does_not_divide_says_so(monkeypatch):

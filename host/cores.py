@@ -1,0 +1,17 @@
+"""How many cores of the CPU this process may use."""
+
+import contextlib
+import os
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")  # limits of the container, on Linux
+
+
+def num_cores() -> int:
+    """-> the cores of this process's affinity, or those of its container's quota if fewer."""
+    ask = getattr(os, "sched_getaffinity", None)  # not on macOS
+    num = len(ask(0)) if ask else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no quota
+        quota, period = map(int, (CGROUP / "cpu.max").read_text().split())
+        num = min(num, max(1, quota // period))
+    return num
