@@ -44,6 +44,19 @@ def quiet_stderr():
         os.close(null)
 
 
+@contextlib.contextmanager
+def scratch() -> Iterator[None]:
+    """Work in a temporary folder, which also takes the temporary files of a package that leaves
+    its own behind."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
+        try:
+            tempfile.tempdir = away
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
 class GymnasiumEnvs:
     """`num` gymnasium environments with the interface of MujocoEnvs.
 
@@ -58,7 +71,7 @@ class GymnasiumEnvs:
         self, make: Callable, num: int, limit: int | None = None, space=None, wraps: bool = False
     ):
         self.gymnasium = require("gymnasium", "gymnasium[mujoco]")
-        with quiet_stderr(), tempfile.TemporaryDirectory() as away, contextlib.chdir(away):
+        with quiet_stderr(), scratch():
             made = [make() for _ in range(num)]
         self.num, self.limit = num, limit or made[0].spec.max_episode_steps
         if self.limit is None:

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from host.errors import UserError
-from host.files import list_arrays, read_arrays, require, say
-from host.gym_envs import GymnasiumEnvs, quiet_stderr
+from host.files import list_arrays, offline, read_arrays, require, say
+from host.gym_envs import GymnasiumEnvs, quiet_stderr, scratch
 
 EXAMPLE = "ogbench:antmaze-large-navigate-singletask-v0"
 FOLDER = Path("~/.ogbench/data")  # where the package keeps its files
@@ -68,7 +68,8 @@ def make(env: str):
     """Id -> an environment with a fixed goal. Raises UserError on one of images or of choices."""
     gymnasium = require("gymnasium", "gymnasium")
     gymnasium.logger.min_level = gymnasium.logger.ERROR
-    made = gymnasium.make(env, disable_env_checker=True)
+    with scratch():
+        made = gymnasium.make(env, disable_env_checker=True)
     shape = made.observation_space.shape
     if shape is None or len(shape) != 1 or not isinstance(made.action_space, gymnasium.spaces.Box):
         raise UserError(f"{env} has images or discrete actions, which are not supported")
@@ -142,6 +143,8 @@ def fetch(name: str) -> Path:
     path = folder / f"{name}.npz"
     if path.is_file():
         return path
+    if offline():
+        raise UserError(f"{name}.npz is not in {folder}, and downloads are off")
     download = require("ogbench", "ogbench").download_datasets
     before = socket.getdefaulttimeout()
     try:

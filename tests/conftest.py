@@ -1,10 +1,13 @@
 """Everything here runs on CPU, offline, with caches in a temporary folder."""
 
 import os
+import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+TEMP = tempfile.mkdtemp(prefix="pgd-tests-")  # of this process; removed at its end
+os.environ["TMPDIR"] = tempfile.tempdir = TEMP
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["PGD_CACHE"] = tempfile.mkdtemp(prefix="pgd-cache-")
 os.environ["D4RL_DATASET_DIR"] = tempfile.mkdtemp(prefix="pgd-d4rl-")
@@ -24,7 +27,13 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+OWNER = os.getpid()  # a fork of this process must not remove its files
 REAL = ROOT.parent / "shared" / "data"
+
+
+def pytest_unconfigure():
+    if os.getpid() == OWNER:
+        shutil.rmtree(TEMP, ignore_errors=True)
 
 
 def real_log(name: str) -> Path:
