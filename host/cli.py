@@ -28,7 +28,7 @@ from baselines.behaviour import make_diffusion_with_clone
 from baselines.log_alone import make_log_alone
 from baselines.paper_guide import make_paper_guide
 from baselines.world_model import Config, make_world_model
-from host import collect, devices, envs, export, fitted, flags, hosts, run_folder, spread
+from host import collect, devices, envs, export, fitted, flags, hosts, run_folder, spread, track
 from host.errors import UserError
 from host.files import require, say
 from host.flags import Flags
@@ -60,6 +60,9 @@ def open_session(given: Flags) -> Session:
     points = flags.sweep_points(given)
     flags.check_agent(given, points)
     check_export(given)
+    track.check(job.track)
+    if job.deterministic:
+        devices.be_deterministic()
     num_runs = len(points) * config.num_seeds
     num_models = 1 if job.shared_denoiser else config.num_seeds  # or a multiple of it
     devices.one_device_per_core(num_runs, *([] if job.synthetic == "none" else [num_models]))
@@ -222,7 +225,7 @@ def train(session: Session, folder: run_folder.RunFolder) -> Finished:
         Finished,
     )
     args = agent_maker(session), hooks, session.make_generator
-    with contextlib.closing(recorder.progress):
+    with contextlib.closing(recorder.progress), contextlib.closing(recorder.tracker):
         return pgd.run(config, session.dataset, *args, session.in_program if fused else None)
 
 
@@ -250,8 +253,9 @@ class Recorder:
 
     def __init__(self, session: Session, folder: run_folder.RunFolder):
         self.session, self.folder = session, folder
-        self.progress = Progress()
-        self.fitted = 0
+        self.progress, self.fitted = Progress(), 0
+        kind = session.flags.job.track
+        self.tracker = track.make_tracker(kind, folder.path, folder.labels, settings_of(session))
         self.clock = time.monotonic()
         names = run_folder.DATASET
         folder.notes = {name: np.asarray(getattr(session.dataset, name)) for name in names}
@@ -284,6 +288,8 @@ class Recorder:
         if stage == "fit":
             self.fitted = done
             self.check_fit(done, np.ravel(metrics["loss"]))
+            model_of = np.asarray(self.session.layout.runs.model_of)
+            self.tracker.fit(done, {k: np.ravel(x)[model_of] for k, x in metrics.items()})
         elif fused:
             self.fused_rounds(state, metrics)
         else:
@@ -326,7 +332,7 @@ class Recorder:
     def log(self, index: int, metrics: dict) -> None:
         """A row of metrics.csv for each run."""
         updates = (index + 1) * self.session.flags.config.updates
-        self.folder.log(index, updates, metrics, self.session.task.score)
+        self.tracker.rows(self.folder.log(index, updates, metrics, self.session.task.score))
 
 
 # --- One run on this host: folder, results, export ---
@@ -695,7 +701,7 @@ def load_run(path: str | Path) -> Loaded:
         raise UserError(
             f"{path} is judged by {given.job.judge}; code that a folder names is not run"
         )
-    job = dataclasses.replace(given.job, export=None, devices=1, distributed=False)
+    job = dataclasses.replace(given.job, export=None, devices=1, distributed=False, track="none")
     session = open_session(given._replace(job=job))
     if fingerprint != session.task.fingerprint:
         raise UserError(f"{path} was trained on another log than {session.task.source}")
@@ -722,6 +728,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         given = flags.parse(argv)
         unfinished = True
+        if given.job.offline:
+            os.environ["PGD_OFFLINE"] = "1"
         devices.enable_cache(collect.cache_dir() / "compiled")
         final = (run_on_hosts if given.job.distributed else run_here)(given)
         unfinished = False

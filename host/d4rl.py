@@ -19,7 +19,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from host.errors import UserError
-from host.files import DAMAGE, atomic_file, make_folder, own_dataset, require, say
+from host.files import DAMAGE, atomic_file, make_folder, offline, own_dataset, require, say
 
 REGISTRY = Path(__file__).resolve().parent / "d4rl_registry.csv"
 HOST = "http://rail.eecs.berkeley.edu/"  # of every file in the registry
@@ -79,12 +79,14 @@ def download(file: D4rlFile, mirror: str | None = None) -> tuple[Path, str]:
     where it stopped. A lock keeps two processes from fetching the same file at once. The file gets
     its final name only when it opens as a log and its size and SHA-256 agree with the registry. A
     hash that the registry lacks is recorded in NAME.sha256 beside the file and holds from then on.
-    Raises Unreachable if no host sends the file, and UserError if a host sends a wrong one or if
-    the cached file is a wrong one.
+    Raises Unreachable if no host sends the file or $PGD_OFFLINE is set, and UserError if a host
+    sends a wrong one or if the cached file is a wrong one.
     """
     path = d4rl_path(file)
     part, record = (path.with_name(path.name + suffix) for suffix in (".part", ".sha256"))
     if not path.is_file():
+        if offline():
+            raise Unreachable(f"{file.name} is not on this machine, and downloads are off")
         make_folder(path.parent, "D4RL_DATASET_DIR")
         with open(part, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process that fetches the same file

@@ -36,6 +36,11 @@ def say(text: str) -> None:
     tqdm.write(printable(text), file=sys.stderr)
 
 
+def offline() -> bool:
+    """True where $PGD_OFFLINE, which --offline sets, forbids downloads."""
+    return os.environ.get("PGD_OFFLINE", "") not in ("", "0")
+
+
 def require(module: str, package: str):
     """Import an optional module -> the module. Raises UserError with the pip package to install."""
     try:

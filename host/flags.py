@@ -32,6 +32,7 @@ class Job:
     synthetic: Synthetic = "diffusion"  # source of synthetic data; none: the log
     preset: Preset = "default"  # default values; see docs/presets.md
     sweep: tuple[str, ...] = ()  # settings and values: guidance 0 1 eta 1 8 makes four points
+    offline: bool = False  # download nothing: a log is on this machine, or is collected here
     denoiser: str | None = None  # folder of a run whose fitted models are used, instead of a fit
     shared_denoiser: bool = False  # one denoiser, that of seed 0, for all seeds
     fused: bool = False  # the whole run as one compiled program, without progress
@@ -48,7 +49,9 @@ class Job:
     resume: str | None = None  # folder of a run to continue, under that run's own settings
     export: str | None = None  # target of synthetic data: FILE.hdf5, FILE.npz or minari:NAME
     export_steps: int = 100_000  # smallest number of transitions to export per seed
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # further place for the metrics
     # --- Devices and hosts ---
+    deterministic: bool = False  # on a GPU, only operations that give the same digits every time
     devices: int = 0  # number of this machine's devices to use; 0 means all
     distributed: bool = False  # this process is one of several hosts that share the seeds
     coordinator: str | None = None  # ADDRESS:PORT of host 0; detected on TPU and SLURM
@@ -236,7 +239,9 @@ def shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-HERE_ONLY = ("devices", "distributed", "coordinator", "num_hosts", "host")  # not part of a run
+HERE_ONLY = (  # not part of a run
+    "devices", "distributed", "coordinator", "num_hosts", "host", "offline", "track",
+)  # fmt: skip
 WITH_RESUME = {"resume", "export", "export_steps", "dataset_path", "judge", *HERE_ONLY}
 
 
@@ -253,8 +258,8 @@ def parse(argv: Sequence[str]) -> Flags:
         wrong = dashed(sorted(set(given) - WITH_RESUME)[0])
         raise UserError(
             f"--resume takes no {wrong}: a run continues under its own settings; only --export, "
-            "--export-steps, --dataset-path of a log that has moved, --devices and the flags of "
-            "the hosts may change; --judge is given again"
+            "--export-steps, --dataset-path of a log that has moved, --track, --offline, --devices "
+            "and the flags of the hosts may change; --judge is given again"
         )
     name = given.get("env") or ("" if "dataset_path" in given else DEFAULT_ENV)
     entry = data.resolve(name) if name else None

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from host.errors import UserError
-from host.files import DAMAGE, make_folder, require, say
+from host.files import DAMAGE, make_folder, offline, require, say
 
 # D4RL's task, without its version -> Minari's data set on the same task. The MuJoCo data sets are
 # new recordings, not D4RL's.
@@ -71,6 +71,8 @@ def open_minari(name: str):
     try:
         content = Path(folder).expanduser() / name / "data"
         if not content.exists():
+            if offline():
+                raise UserError(f"minari:{name} is not on this machine, and downloads are off")
             minari.download_dataset(name)
         check_files(content, name)
         return minari.load_dataset(name)

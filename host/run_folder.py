@@ -35,7 +35,7 @@ DATASET = ("mean", "std", "action_low", "action_high")  # fields that a policy n
 STATE, PREVIOUS, LOCK = "state.npz", "state.previous.npz", ".lock"
 OF_THE_MACHINE = (  # settings that may change when a run goes on
     "out", "resume", "export", "export_steps", "devices", "distributed", "coordinator", "num_hosts",
-    "host", "dataset_path", "denoiser",
+    "host", "dataset_path", "denoiser", "offline", "track",
 )  # fmt: skip
 OWN = ("config.json", "metrics.csv", "final.json", "curve.png", "sweep.png", STATE)
 
@@ -147,8 +147,8 @@ class RunFolder:
 
     # --- Metrics ---
 
-    def log(self, index: int, updates: int, metrics: dict, score: Callable) -> None:
-        """Add a row to metrics.csv for each run whose metrics are finite.
+    def log(self, index: int, updates: int, metrics: dict, score: Callable) -> list[dict]:
+        """Add a row to metrics.csv for each run whose metrics are finite -> the rows.
 
         index: the round; updates: the agent's updates so far; metrics: arrays (R,); score: returns
         -> normalised scores, or None. Raises UserError where all runs have diverged.
@@ -167,6 +167,7 @@ class RunFolder:
         self.check_diverged("lower --hyper.lr, --fit-lr or --guidance")
         self.history += rows
         self.write_metrics(rows)
+        return rows
 
     def mark_diverged(self, i: int, what: str) -> None:
         """Note once that run i has diverged, and say it."""

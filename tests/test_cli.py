@@ -362,6 +362,27 @@ def test_an_unknown_flag_is_refused_with_status_2():
     assert done.returncode == 2 and "Traceback" not in done.stderr and "--env" in done.stderr
 
 
+def test_offline_a_log_that_is_not_here_is_one_line():
+    done = call("--env", "d4rl:hopper-medium", "--offline")
+    assert_one_line(done, "hopper-medium-v2 is not on this machine, and downloads are off; put")
+
+
+def test_deterministic_sets_a_flag_that_xla_knows_and_once():
+    code = """
+import os
+from host import devices
+devices.be_deterministic()
+devices.be_deterministic()
+import jax
+jax.jit(lambda x: x + 1)(1)
+print(os.environ["XLA_FLAGS"])
+"""
+    ask = [sys.executable, "-c", code]
+    done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split().count("--xla_gpu_deterministic_ops=true") == 1
+    assert os.environ["XLA_FLAGS"] in done.stdout  # what the user set stays
+
+
 def test_compiled_programs_are_kept_unless_the_user_says_where(tmp_path, monkeypatch):
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}

@@ -313,3 +313,15 @@ def test_an_unreachable_host_falls_back_to_a_collected_log_and_says_so(
     assert "cannot be fetched" in said and "--dataset-path" in said and said.count("\n") == 1
     with pytest.raises(UserError, match="cannot be fetched"):
         data.load("d4rl:hopper-random")
+
+
+def test_with_downloads_off_no_server_is_asked(served, monkeypatch):
+    file, handler, content = served
+    monkeypatch.setenv("PGD_OFFLINE", "1")
+    with pytest.raises(d4rl.Unreachable, match="toy-v2 is not on this machine, and downloads are"):
+        d4rl.download(file)
+    assert handler.asked == [] and not d4rl.d4rl_path(file).parent.exists()
+    monkeypatch.setenv("PGD_OFFLINE", "0")
+    d4rl.download(file)
+    monkeypatch.setenv("PGD_OFFLINE", "1")
+    assert d4rl.download(file)[0].read_bytes() == content  # what is there is used

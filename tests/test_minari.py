@@ -75,6 +75,10 @@ def test_a_missing_minari_set_is_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no readable data set toy/none-v0") as e:
         data.load("minari:toy/none-v0")
     assert "\n" not in str(e.value)
+    monkeypatch.setenv("PGD_OFFLINE", "1")
+    monkeypatch.setattr("minari.download_dataset", lambda name: pytest.fail("asked a server"))
+    with pytest.raises(UserError, match="minari:toy/none-v0 is not on this machine"):
+        data.load("minari:toy/none-v0")
     with pytest.raises(UserError, match="nothing like hopper-medium-replay"):
         data.load("minari:hopper-medium-replay")
 

@@ -128,3 +128,6 @@ def test_offline_the_file_is_asked_for(tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match="cannot be fetched .no network.; put it into .*--dataset"):
         data.load(f"ogbench:{TASK}")
+    monkeypatch.setenv("PGD_OFFLINE", "1")
+    with pytest.raises(UserError, match="navigate-v0.npz is not in .*, and downloads are off"):
+        data.load(f"ogbench:{TASK}")
