@@ -10,7 +10,11 @@ Every fault is made for real, on a run of pgd.py in a process of its own. The ru
 counts go into results/faults/faults.csv. The exit status is 1 if any is wrong.
 """
 
+import contextlib
+import csv
+import functools
 import hashlib
+import http.server
 import json
 import os
 import random
@@ -19,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,8 +32,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+import data
+from host import d4rl
 from host.errors import UserError
-from host.files import say
+from host.export import write_minari
+from host.files import say, write_arrays
 from studies.common import Parser, run_study, save_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,10 +90,26 @@ class Bench:
     def verdict(self, out: Path) -> str:
         """Go on with a run -> same, refused or wrong."""
         last = self.run(out)
-        if last.status == 0:
-            return "same" if content(out) == self.wanted else "wrong"
-        one_line = last.status == 2 and last.said.strip().count("\n") <= 2
-        return "refused" if one_line and "Traceback" not in last.said else "wrong"
+        if last.status == 0 and content(out) != self.wanted:
+            return "wrong"
+        return judged(last)
+
+    def data(self, *args: str, **more: str) -> Ended:
+        """A command of data.py, in an environment with `more` -> how it ended."""
+        return ended(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "data.py"), *args], env=os.environ | more,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+
+
+def judged(last: Ended) -> str:
+    """How a process ended -> same, refused or wrong, as far as that can be seen from outside."""
+    if last.status == 0:
+        return "same"
+    one_line = last.status == 2 and last.said.strip().count("\n") <= 2
+    return "refused" if one_line and "Traceback" not in last.said else "wrong"
 
 
 def ended(process: subprocess.Popen) -> Ended:
@@ -217,43 +241,137 @@ def divergences(bench: Bench, num: int) -> Iterator[str]:
     yield "same" if status == 3 and lost == {1e30} and same else "wrong"
 
 
+def hostile_sets(bench: Bench, num: int) -> Iterator[str]:
+    """Open a Minari data set whose metadata.json names a command instead of an environment, and
+    lacks an entry or holds another value: it may be read or refused, and nothing may be run."""
+    os.environ["MINARI_DATASETS_PATH"] = str(bench.folder / "minari")
+    task = data.load("collect:pendulum-medium")
+    log = {name: array[:400] for name, array in task.log.items()}
+    write_minari("toy/log-v0", log, task, "")
+    path = bench.folder / "minari/toy/log-v0/data/metadata.json"
+    sound, values = json.loads(path.read_text()), [None, 5, -1, 10**15, "", "[]", "{}", [], {}]
+    for i in range(num):
+        proof = bench.folder / f"proof{i}"
+        spec = {"id": "Evil-v0", "entry_point": "os:system", "max_episode_steps": 5}
+        spec |= {"kwargs": {"command": f"touch {proof}"}, "additional_wrappers": []}
+        wrapped = {"additional_wrappers": [{**spec, "name": "Evil"}]}
+        spec |= bench.rng.choice([{}, {"id": "Pendulum-v1"}, wrapped])
+        changed = sound | {"env_spec": json.dumps(spec)}
+        for name in bench.rng.sample(sorted(sound), bench.rng.randint(0, 3)):
+            changed[name] = bench.rng.choice(values)
+        for name in bench.rng.sample(["observation_space", "action_space", *sound], 2):
+            changed.pop(name, None)
+        path.write_text(json.dumps(changed))
+        last = bench.data("info", "minari:toy/log-v0")
+        yield "wrong" if proof.exists() else judged(last)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """A server, and a proxy for every other one, that sends `content` with one fault."""
+
+    content, fault, rng = b"", "", random.Random(0)
+
+    def do_GET(self):
+        body, status, headers = self.content, 200, {"Content-Length": len(self.content)}
+        cut = self.rng.randrange(len(body))
+        if self.fault == "cut":
+            body = body[:cut]
+        elif self.fault == "cut, and nobody says so":
+            body, headers = body[:cut], {}
+        elif self.fault == "garbage":
+            body = self.rng.randbytes(len(body))
+        elif self.fault == "a web page":
+            body, headers = b"<html>moved</html>", {"Content-Type": "text/html"}
+        elif self.fault == "not found":
+            body, status, headers = b"", 404, {}
+        elif self.fault == "redirected for ever":
+            body, status, headers = b"", 302, {"Location": self.path + "x"}
+        elif self.fault == "resumed elsewhere":
+            status, headers = 206, {"Content-Range": f"bytes {cut}-{len(body)}/*"}
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the client has gone
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+SERVED = ("", "cut", "cut, and nobody says so", "garbage", "a web page", "not found",
+          "redirected for ever", "resumed elsewhere")  # fmt: skip
+
+
+def hostile_servers(bench: Bench, num: int) -> Iterator[str]:
+    """Download a log whose hash nobody knows from a server that misbehaves: the file gets its name
+    only if it is whole."""
+    log = bench.folder / "served.hdf5"
+    write_arrays(log, data.load("collect:pendulum-medium").log, {})
+    file = d4rl.read_registry()["maze2d-umaze-v1"]
+    name = d4rl.d4rl_path(file).name
+    for i in range(num):
+        handler = type("Handler", (Server,), {"content": log.read_bytes(), "rng": bench.rng})
+        handler.fault = SERVED[i % len(SERVED)]
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place, proxy = bench.folder / f"d4rl{i}", f"http://127.0.0.1:{server.server_port}"
+        here = {"D4RL_DATASET_DIR": str(place), "PGD_MIRROR": f"{proxy}/folder", "no_proxy": ""}
+        last = bench.data("download", file.name, http_proxy=proxy, https_proxy=proxy, **here)
+        server.shutdown()
+        server.server_close()
+        whole = (place / name).exists() and (place / name).read_bytes() == log.read_bytes()
+        good = whole if handler.fault == "" else not (place / name).exists()
+        yield judged(last) if good else "wrong"
+
+
 class Fault(NamedTuple):
     """One kind of fault."""
 
     what: str
     make: Callable  # (bench, number of tries) -> verdicts
-    share: float  # of --others
+    share: float  # of --kills or of --others
 
 
-FAULTS = [
-    Fault("a bit flipped, a file cut, emptied or removed", damages, 4.0),
-    Fault("the checkpoint of another run", swaps, 0.5),
-    Fault("two runs with one --out", rivals, 1.0),
-    Fault("no space on the disk", full_disks, 1.0),
-    Fault("one of two settings diverges", divergences, 0.1),
-]
+KILLS = {
+    "kills": Fault("killed at any time", functools.partial(kills, aimed=False), 0.5),
+    "saves": Fault("killed while it saves", functools.partial(kills, aimed=True), 0.5),
+}
+OTHERS = {
+    "damages": Fault("a bit flipped, a file cut, emptied or removed", damages, 4.0),
+    "swaps": Fault("the checkpoint of another run", swaps, 0.5),
+    "rivals": Fault("two runs with one --out", rivals, 1.0),
+    "disks": Fault("no space on the disk", full_disks, 1.0),
+    "divergences": Fault("one of two settings diverges", divergences, 0.1),
+    "sets": Fault("a Minari data set that names a command", hostile_sets, 4.0),
+    "servers": Fault("a server that sends something else", hostile_servers, 1.6),
+}
 
 
-def campaign(num_kills: int, num_others: int, seed: int, path: Path) -> list[dict]:
-    """-> a row per kind of fault: how many tries, and how they ended. `path` keeps the rows."""
-    tries = [
-        ("killed at any time", lambda b: kills(b, num_kills // 2, False)),
-        ("killed while it saves", lambda b: kills(b, num_kills - num_kills // 2, True)),
-    ]
-    for fault in FAULTS:
-        num = max(1, round(fault.share * num_others))
-        tries.append((fault.what, lambda b, fault=fault, num=num: fault.make(b, num)))
-    rows = []
+def campaign(num: dict[str, int], only: Sequence[str], seed: int, path: Path) -> list[dict]:
+    """-> a row per kind of fault: how many tries, and how they ended.
+
+    num: kills and others; only: kinds to try, or none for all; path: a table, whose rows of other
+    kinds are kept.
+    """
+    every = {k: (f, num["kills"]) for k, f in KILLS.items()}
+    every |= {k: (f, num["others"]) for k, f in OTHERS.items()}
+    rows = {}
+    if only and path.exists():
+        with open(path, newline="") as f:
+            rows = {row["fault"]: row for row in csv.DictReader(f)}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), seed)
-        for what, make in tries:
+        for kind in only or every:
+            fault, most = every[kind]
             counts = {"same": 0, "refused": 0, "wrong": 0}
-            for verdict in tqdm(make(bench), what, disable=None):
+            verdicts = fault.make(bench, max(1, round(fault.share * most)))
+            for verdict in tqdm(verdicts, fault.what, disable=None):
                 counts[verdict] += 1
-            rows.append({"fault": what, "tries": sum(counts.values())} | counts)
-            save_table(path, rows)
-            say(", ".join(f"{k} {v}" for k, v in rows[-1].items()))
-    return rows
+            rows[fault.what] = {"fault": fault.what, "tries": sum(counts.values())} | counts
+            save_table(path, list(rows.values()))
+            say(f"{fault.what}: " + ", ".join(f"{n} {k}" for k, n in counts.items()))
+    return list(rows.values())
 
 
 def memory(minutes: float) -> list[dict]:
@@ -290,6 +408,8 @@ def study(argv: list[str]) -> None:
     parser = Parser("faults", __doc__)
     parser.add_argument("--kills", type=int, default=200, help="number of kills (default 200)")
     parser.add_argument("--others", type=int, default=10, help="scale of the other faults")
+    kinds = [*KILLS, *OTHERS]
+    parser.add_argument("--only", nargs="+", default=[], choices=kinds, help="kinds of faults")
     parser.add_argument("--minutes", type=float, help="measure memory for so long instead")
     parser.add_argument("--seed", type=int, default=0, help="of times, signals and damages")
     parser.add_argument("--out", default="results/faults", help="folder of the results")
@@ -298,9 +418,10 @@ def study(argv: list[str]) -> None:
         save_table(Path(args.out) / "memory.csv", memory(args.minutes))
         print(f"saved: {args.out}/memory.csv")
         return
-    rows = campaign(args.kills, args.others, args.seed, Path(args.out) / "faults.csv")
+    num = {"kills": args.kills, "others": args.others}
+    rows = campaign(num, args.only, args.seed, Path(args.out) / "faults.csv")
     print(f"saved: {args.out}/faults.csv")
-    if any(row["wrong"] for row in rows):
+    if any(int(row["wrong"]) for row in rows):
         sys.exit(1)
 
 
