@@ -139,9 +139,11 @@ class Dataset(NamedTuple):
         return self.transitions(jax.random.randint(key, (num,), 0, self.usable.shape[0]))
 
     def windows(self, key, starts: chex.Array, num: int, horizon: int) -> chex.Array:
-        """-> (num, horizon, D): windows that begin at `starts`, drawn with replacement."""
+        """-> (num, horizon, D): windows that begin at random `starts`. A terminal is repeated."""
         i = jax.random.randint(key, (num,), 0, starts.shape[0])
-        return self.steps[starts[i][:, None] + jnp.arange(horizon)]
+        index = starts[i][:, None] + jnp.arange(horizon)
+        end = (self.steps[index, -1] > 0).at[:, -1].set(True)  # a terminal, or the last step
+        return self.steps[jnp.minimum(index, index[:, :1] + jnp.argmax(end, 1, keepdims=True))]
 
     def unscale_action(self, action: chex.Array) -> chex.Array:
         """action (..., A) in [-1, 1] -> (..., A) in the environment's units."""
@@ -152,11 +154,12 @@ class Dataset(NamedTuple):
 
 
 def window_starts(terminals, timeouts, horizon: int) -> np.ndarray:
-    """-> first steps (M,) of the windows within an episode that do not end on a time-out."""
-    ends = np.flatnonzero(terminals | timeouts)
-    first = np.arange(max(0, len(terminals) - horizon + 1))
-    last = first + horizon - 1
-    return first[(last <= ends[np.searchsorted(ends, first)]) & ~timeouts[last]]
+    """-> first steps (M,) of the windows, which end before a time-out or run past a terminal. An
+    episode's first counts horizon / 2 times, so that its steps are as frequent as later ones."""
+    ends, first = np.flatnonzero(terminals | timeouts), np.arange(len(terminals))
+    end = ends[np.searchsorted(ends, first)]  # of each step's episode
+    times = np.where(np.diff(end, prepend=-1) != 0, max(1, horizon // 2), 1)
+    return np.repeat(first, np.where(terminals[end] | (first + horizon <= end), times, 0))
 
 
 def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) -> Dataset:
@@ -185,6 +188,8 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
     steps[:num, -2], steps[:num, -1] = log["rewards"], terminals
     mean, std = (f(steps[:num], 0, dtype=np.float64) for f in (np.mean, np.std))
     std[np.ptp(steps[:num], 0) <= 8 * np.finfo(kind).eps * np.abs(mean) + 1e-30] = 1.0  # constant
+    if terminals.any():  # done becomes -1 or 1, which has a mean square of 1 however rare it is
+        mean[-1] = std[-1] = 0.5
     steps -= mean.astype(kind)
     steps /= std.astype(kind)
 
@@ -209,20 +214,16 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
 
 
 def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
-    """Sampled trajectories (S, T, D) -> Transition (S * T, ...). A trajectory ends at its first
-    terminal; without one, its last step lacks a successor. Steps left over become copies of its own
-    transitions, from the middle on, where the denoiser errs least."""
+    """Sampled trajectories (S, T, D) -> Transition (S * T, ...). The first transitions of all take
+    the places of what follows a terminal, and of last steps, which have no successor."""
     chex.assert_rank(x, 3)
-    t, step = dataset.split(x), jnp.arange(x.shape[1])
-    pick = jax.vmap(lambda x, i: x[i])  # from each trajectory by its own indices
-    after = jnp.where(t.done > 0, step, jnp.minimum(step + 1, x.shape[1] - 1))  # (S, T)
-    t = t._replace(next_obs=pick(t.obs, after), next_action=pick(t.action, after))
-    alive = jnp.cumsum(t.done, axis=1) - t.done == 0  # no terminal before this step
-    kept = alive & ((t.done > 0) | (step < x.shape[1] - 1))
-    count = jnp.sum(kept & (t.done == 0), axis=1, keepdims=True)
-    copied = (step - jnp.sum(kept, axis=1, keepdims=True) + count // 2) % jnp.maximum(count, 1)
-    index = jnp.where(kept, step, copied)
-    return jax.tree.map(lambda x: pick(x, index).reshape(-1, *x.shape[2:]), t)
+    t, last = dataset.split(x), jnp.arange(x.shape[1]) == x.shape[1] - 1
+    kept = ((jnp.cumsum(t.done, axis=1) == t.done) & ((t.done > 0) | ~last)).ravel()
+    after = jnp.arange(kept.size) + ((t.done == 0) & ~last).ravel()
+    t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), t)
+    t = t._replace(next_obs=t.obs[after], next_action=t.action[after])
+    spare = jnp.argsort(~kept, stable=True)[(jnp.cumsum(~kept) - 1) % jnp.sum(kept)]
+    return jax.tree.map(lambda x: x[jnp.where(kept, jnp.arange(kept.size), spare)], t)
 
 
 # --- Denoiser network: a residual temporal U-Net over x (..., T, C) ---
@@ -438,7 +439,7 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
             gradient = jax.grad(lambda t, f=score: jnp.sum(f(t)))  # the batch does not interact
             g_i, h_i = (weight * join(x) for x in jax.jvp(gradient, (t,), (ones,)))
             k_i = jax.nn.relu(-h_i)
-            # A gradient that its curvature does not stop within reach moves at most sqrt(v)
+            # A gradient moves about sqrt(v) where no curvature stops it within reach
             k_i = k_i * scale**2 + jax.nn.relu(jnp.abs(g_i) - reach * k_i) * scale / jnp.sqrt(v)
             g, k = g + g_i * scale, k + k_i
         moved = v * g / (1.0 + v * k)
@@ -724,8 +725,7 @@ def make_train(config: Config, agent, *args) -> Callable:
     """Arguments of make_program -> train(key, dataset) -> (state, metrics (rounds,)), a whole run
     as a pure function of a random key: jit it, vmap it over keys."""
     program = fuse(make_program(config, agent, *args))
-    init = lambda key, dataset: program.init(Run(key), dataset)
-    return lambda key, dataset: program.round(Run(key), init(key, dataset), dataset)
+    return lambda key, dataset: program.round(Run(key), program.init(Run(key), dataset), dataset)
 
 
 # --- Run: the host loop ---

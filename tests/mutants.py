@@ -54,8 +54,11 @@ MUTANTS = [
     *mutants(
         "pgd.py",
         # the data set
-        ("return first[(last <= ends", "return first[(last <= 1 + ends"),
-        ("& ~timeouts[last]]", "]"),
+        ("(first + horizon <= end), times", "(first + horizon <= 1 + end), times"),
+        ("terminals[end] | (first", "(first"),
+        ("max(1, horizon // 2), 1)", "1, 1)"),
+        ("mean[-1] = std[-1] = 0.5", "pass"),
+        ("(self.steps[index, -1] > 0)", "(self.steps[index, -1] > 9)"),
         ("np.clip(unit, -0.999, 0.999)", "np.clip(unit, -0.9, 0.9)"),
         ("np.where(terminals[usable], usable, usable + 1)", "usable + 1"),
         ("index(starts[~held_out[starts]])", "index(starts)"),
@@ -65,9 +68,11 @@ MUTANTS = [
         ("timeouts[-1] |= not terminals[-1]", "pass"),
         ("last_part = max(config.horizon + 1,", "last_part = max(config.horizon,"),
         # transitions of sampled trajectories
-        ("jnp.where(t.done > 0, step,", "jnp.where(t.done > 9, step,"),
-        ("alive = jnp.cumsum(t.done, axis=1) - t.done == 0", "alive = t.done >= 0"),
-        ("+ count // 2) %", ") %"),
+        ("(jnp.cumsum(t.done, axis=1) == t.done) &", "(t.done >= 0) &"),
+        ("((t.done > 0) | ~last)).ravel()", "(t.done >= 0)).ravel()"),
+        ("((t.done == 0) & ~last).ravel()", "(0 * t.done + ~last > 0).ravel()"),
+        ("jnp.argsort(~kept, stable=True)[", "jnp.arange(kept.size)["),
+        ("(jnp.cumsum(~kept) - 1) % jnp.sum(kept)", "0 * jnp.cumsum(~kept)"),
         # network, loss, schedule
         ("c_skip = SIGMA_DATA**2 /", "c_skip = 1.01 * SIGMA_DATA**2 /"),
         ("jnp.log(sigma) / 4.0)  # c_noise", "jnp.log(sigma))  # c_noise"),

@@ -14,13 +14,15 @@ from host.errors import UserError
 
 
 def brute_force_starts(terminals, timeouts, horizon):
-    """METHOD's window rules, one start at a time: within an episode, not ending on a time-out."""
-    starts = []
+    """The window rules, one start at a time: no window reaches a time-out or another episode, but
+    for what follows a terminal; an episode's first counts horizon / 2 times."""
+    starts, first = [], True
     for i in range(len(terminals)):
-        end = i + horizon - 1
-        if end >= len(terminals) or np.any((terminals | timeouts)[i:end]) or timeouts[end]:
-            continue
-        starts.append(i)
+        inside = (terminals | timeouts)[i : i + horizon]
+        end = i + int(np.argmax(inside)) if inside.any() else None
+        if end is None and i + horizon <= len(terminals) or end is not None and terminals[end]:
+            starts += [i] * (max(1, horizon // 2) if first else 1)
+        first = (terminals | timeouts)[i]
     return starts
 
 
@@ -34,8 +36,9 @@ def ends_to_flags(lengths, terminal):
 def test_window_starts_on_hand_made_episodes():
     # an episode of 6 that ends in a time-out, one of 5 that ends in a terminal, one too short
     terminals, timeouts = ends_to_flags([6, 5, 3], [False, True, False])
-    assert pgd.window_starts(terminals, timeouts, 4).tolist() == [0, 1, 6, 7]
-    assert pgd.window_starts(terminals, timeouts, 6).tolist() == []
+    assert pgd.window_starts(terminals, timeouts, 4).tolist() == [0, 0, 1, 6, 6, 7, 8, 9, 10]
+    assert pgd.window_starts(terminals, timeouts, 6).tolist() == [6, 6, 6, 7, 8, 9, 10]
+    assert pgd.window_starts(timeouts, timeouts & False, 1).tolist() == [*range(6), *range(6, 14)]
 
 
 @pytest.mark.parametrize("horizon", [2, 5, 8])
@@ -61,7 +64,7 @@ def test_window_starts_of_the_real_logs(name, terminal, timeout):
     assert (log["terminals"].sum(), log["timeouts"].sum()) == (terminal, timeout)
     starts = pgd.window_starts(log["terminals"], log["timeouts"], 32)
     assert starts.tolist() == brute_force_starts(log["terminals"], log["timeouts"], 32)
-    assert log["terminals"][starts + 31].sum() > 0 or terminal == 0
+    assert np.isin(np.flatnonzero(log["terminals"]), starts).all()
 
 
 @pytest.mark.parametrize("known", [dict, successors])
@@ -69,20 +72,44 @@ def test_every_window_is_in_one_of_the_two_parts_and_is_a_piece_of_the_log(log, 
     dataset = pgd.make_dataset(known(log), pgd.Config(horizon=8, validation=0.3))
     both = np.sort(np.concatenate([dataset.train_starts, dataset.val_starts]))
     assert both.tolist() == brute_force_starts(log["terminals"], log["timeouts"], 8)
-    x = dataset.windows(jax.random.key(0), dataset.train_starts, 500, 8)
+    x = np.asarray(dataset.windows(jax.random.key(0), dataset.train_starts, 500, 8))
     steps, train = np.asarray(dataset.steps), np.asarray(dataset.train_starts)
-    rows = np.abs(np.asarray(x)[:, None, 0, :3] - steps[None, train, :3]).max(-1)
-    start = train[rows.argmin(1)]
-    np.testing.assert_array_equal(x, steps[start[:, None] + np.arange(8)])
-    assert len(np.unique(start)) > 0.7 * len(train)  # with replacement: 1 - exp(-500 / 204)
+    start = train[np.abs(x[:, None, 0, :3] - steps[None, train, :3]).max(-1).argmin(1)]
+    ended = 0
+    for window, i in zip(x, start):  # the log's steps, and its terminal again and again
+        done = log["terminals"][i : i + 8]
+        end = int(np.argmax(done)) if done.any() else 7
+        np.testing.assert_array_equal(window, steps[i + np.minimum(np.arange(8), end)])
+        ended += end < 7
+    assert ended > 0
+    assert len(np.unique(start)) > 0.6 * len(np.unique(train))  # drawn with replacement
+
+
+def test_synthetic_data_of_a_perfect_model_has_the_logs_share_of_every_step():
+    """Windows of the log, taken for a model's trajectories: terminals and the steps before them
+    are as frequent as in the log, and so are an episode's first steps together."""
+    log = toy_log(episodes=60, length=20)
+    log["terminals"][:] = log["timeouts"] | log["terminals"]
+    log["timeouts"][:] = False
+    log["rewards"] = np.tile(np.arange(20.0), 60)  # tells a step's place in its episode
+    dataset = pgd.make_dataset(log, pgd.Config(horizon=8))
+    x = dataset.windows(jax.random.key(0), dataset.train_starts, 20_000, 8)
+    t = pgd.trajectories_to_transitions(dataset, x)
+    place = np.bincount(np.round(t.reward).astype(int), minlength=20) / len(t.reward)
+    # 8 windows hold a step, the last place of a window counts only for a terminal, and the first
+    # window counts four times
+    share = np.array([4, 5, 6, 7, 8, 9, 10, *[7] * 12, 8]) / 141
+    np.testing.assert_allclose(place, share, rtol=0.05)
+    np.testing.assert_allclose(np.mean(t.done), share[-1], rtol=0.05)
 
 
 def test_dataset_is_standardised_and_turns_back_into_the_log(log):
     log["observations"][:, 1] = 4.0  # a constant channel
     dataset = pgd.make_dataset(log, pgd.Config(horizon=8, fit_batch=8, batch_size=8))
     steps = np.asarray(dataset.steps)
-    moving = [0, 2, 3, 4, 5, 6]
-    np.testing.assert_allclose(steps.mean(0), 0.0, atol=1e-5)
+    moving = [0, 2, 3, 4, 5]
+    np.testing.assert_allclose(steps[:, :6].mean(0), 0.0, atol=1e-5)
+    np.testing.assert_array_equal(np.unique(steps[:, 6]), [-1.0, 1.0])
     np.testing.assert_allclose(steps[:, moving].std(0), 1.0, atol=1e-4)
     assert dataset.std[1] == 1.0 and np.all(steps[:, 1] == 0.0)
     obs, action, reward, done = dataset.split(dataset.steps)[:4]
@@ -145,7 +172,7 @@ def test_held_out_windows_share_no_step_with_the_training_windows(log):
         log, pgd.Config(horizon=8, fit_batch=8, batch_size=8, validation=0.3)
     )
     steps = [
-        set((np.asarray(starts)[:, None] + np.arange(8)).ravel().tolist())
+        {s + i for s in np.asarray(starts).tolist() for i in range(8) if s // 40 == (s + i) // 40}
         for starts in (dataset.train_starts, dataset.val_starts)
     ]
     assert steps[0] and steps[1] and not steps[0] & steps[1]
@@ -164,16 +191,16 @@ def test_a_trajectorys_last_step_counts_only_as_a_terminal(log):
     np.testing.assert_allclose(t.next_obs[8:15], dataset.steps[1:8, :3])
     np.testing.assert_array_equal(t.next_action[:7], t.action[1:8])
     np.testing.assert_array_equal(t.next_action[8:14], t.action[9:15])
-    for field in t:  # elsewhere the transition in the middle stands in
-        np.testing.assert_array_equal(field[15], field[8 + 3])
+    for field in t:  # elsewhere the first transition stands in
+        np.testing.assert_array_equal(field[15], field[0])
 
 
-def test_synthetic_terminals_of_friction_hopper_come_where_windows_end():
+def test_synthetic_terminals_of_friction_hopper_are_as_frequent_as_the_logs():
     log = data.read_log(real_log("friction-hopper.hdf5"))
     dataset = pgd.make_dataset(log, pgd.Config())
-    x = dataset.windows(jax.random.key(0), dataset.train_starts, 512, 32)
-    done = np.asarray(pgd.trajectories_to_transitions(dataset, x).done).reshape(512, 32)
-    assert done[:, -1].sum() > 0 and done[:, :-1].sum() == 0
+    x = dataset.windows(jax.random.key(0), dataset.train_starts, 4096, 32)
+    done = np.asarray(pgd.trajectories_to_transitions(dataset, x).done)
+    assert 0.8 < done.mean() / log["terminals"].mean() < 1.25
 
 
 def flagged(**settings):
@@ -181,7 +208,10 @@ def flagged(**settings):
 
 
 def test_a_log_too_short_for_a_window_or_a_batch_is_one_clear_line():
-    check = lambda f: flags.check_dataset(f, pgd.make_dataset(toy_log(), f.config), 40)
+    log = toy_log()
+    log["timeouts"] |= log["terminals"]  # a window may run past a terminal
+    log["terminals"][:] = False
+    check = lambda f: flags.check_dataset(f, pgd.make_dataset(log, f.config), 40)
     with pytest.raises(UserError, match="0 windows of 64 steps"):
         check(flagged(horizon=64))
     with pytest.raises(UserError, match="--batch-size 10000 is larger than the log"):
@@ -201,8 +231,9 @@ def test_of_a_single_episode_the_last_part_is_held_out(length, horizon, part):
     dataset = pgd.make_dataset(log, pgd.Config(horizon=horizon, validation=0.15))
     first = length - part  # of the held-out steps
     train, val = (np.asarray(x) for x in (dataset.train_starts, dataset.val_starts))
-    assert train.tolist() == list(range(first - horizon)) and val.min() == first
-    assert val.tolist() == list(range(first, length - horizon))
+    again = [0] * (horizon // 2 - 1)
+    assert train.tolist() == again + list(range(first - horizon)) and val.min() == first
+    assert np.unique(val).tolist() == list(range(first, length - horizon))
     rows = lambda rows: np.asarray(dataset.usable)[np.asarray(rows)]
     assert rows(dataset.train_rows).max() < first <= rows(dataset.val_rows).min()
 
@@ -227,43 +258,26 @@ def sampled(dataset, done, seed=0):
     return x
 
 
-def expected_steps(done):
-    """done (S, T) -> the steps of each trajectory's transitions, step t leading to t + 1."""
-    steps = []
-    for flags_ in done:
-        end = int(np.argmax(flags_)) if np.any(flags_) else None
-        own = list(range(len(flags_) - 1 if end is None else end))
-        kept = own + ([] if end is None else [end])
-        left = len(flags_) - len(kept)
-        middle = len(own) // 2
-        spare = [own[(middle + i) % len(own)] if own else kept[0] for i in range(left)]
-        steps.append(kept + spare)
-    return steps
-
-
 def test_nothing_after_a_terminal_is_in_the_transitions(log):
     dataset = pgd.make_dataset(log, pgd.Config(horizon=8))
     done = np.zeros((6, 8))
     done[0, 3] = done[1, 7] = done[3, 0] = done[4, 1] = done[5, 2] = done[5, 6] = 1
     x = sampled(dataset, done)  # trajectory 2 has no terminal; 5 has another after its end
     t = jax.tree.map(np.asarray, pgd.trajectories_to_transitions(dataset, x))
-    t = jax.tree.map(lambda y: y.reshape(6, 8, *y.shape[1:]), t)
     raw = jax.tree.map(np.asarray, dataset.split(x))
-    for i, steps in enumerate(expected_steps(done)):
-        end = int(np.argmax(done[i])) if done[i].any() else 7
-        assert max(steps) <= end
-        np.testing.assert_array_equal(t.obs[i], raw.obs[i, steps])
-        np.testing.assert_array_equal(t.action[i], raw.action[i, steps])
-        np.testing.assert_array_equal(t.reward[i], raw.reward[i, steps])
-        np.testing.assert_array_equal(t.done[i], done[i, steps])
-        on = t.done[i] == 0
-        following = np.minimum(np.array(steps) + 1, 7)
-        np.testing.assert_array_equal(t.next_obs[i][on], raw.obs[i, following][on])
-        np.testing.assert_array_equal(t.next_action[i][on], raw.action[i, following][on])
-    count = t.done.sum(1)
-    assert count.tolist() == [1, 1, 0, 8, 1, 1]  # a trajectory that is one terminal is all of it
-    assert expected_steps(done)[0] == [0, 1, 2, 3, 1, 2, 0, 1]
-    assert expected_steps(done)[2] == [0, 1, 2, 3, 4, 5, 6, 3]
+    kept = [(0, i) for i in range(4)] + [(1, i) for i in range(8)] + [(2, i) for i in range(7)]
+    kept += [(3, 0), (4, 0), (4, 1), (5, 0), (5, 1), (5, 2)]
+    left = iter(kept)  # the first transitions fill the places that are left
+    for row, place in enumerate((i, j) for i in range(6) for j in range(8)):
+        i, j = place if place in kept else next(left)
+        at = f"transition {row}"
+        np.testing.assert_array_equal(t.obs[row], raw.obs[i, j], at)
+        np.testing.assert_array_equal(t.action[row], raw.action[i, j], at)
+        assert (t.reward[row], t.done[row]) == (raw.reward[i, j], done[i, j]), at
+        if not done[i, j]:
+            np.testing.assert_array_equal(t.next_obs[row], raw.obs[i, j + 1], at)
+            np.testing.assert_array_equal(t.next_action[row], raw.action[i, j + 1], at)
+    assert len(list(left)) == 25 - 23
 
 
 def test_no_observation_after_a_terminal_is_its_successor(log):
