@@ -1,6 +1,7 @@
 """What README.md and docs/ say: examples run, links lead somewhere, sizes and names hold."""
 
 import ast
+import csv
 import os
 import re
 import subprocess
@@ -120,6 +121,19 @@ def test_every_function_of_the_equation_table_is_in_pgd():
     assert len(names) > 10
     for name in names:
         assert hasattr(pgd, name), name
+
+
+def test_the_table_of_faults_is_the_campaigns():
+    text = (ROOT / "docs/run-folder.md").read_text()
+    with open(ROOT / "results/faults/faults.csv", newline="") as f:
+        rows = [f"| {' | '.join(row)} |" for row in csv.reader(f)][1:]
+    assert len(rows) == 9 and all(row in text for row in rows)
+    with open(ROOT / "results/faults/memory.csv", newline="") as f:
+        resident = [float(row["resident_mb"]) for row in csv.DictReader(f)]
+    quarter = len(resident) // 4
+    last = np.median(resident[-quarter:])
+    grown = 100 * (last / np.median(resident[quarter : 2 * quarter]) - 1)
+    assert f"{grown:.1f} % above that of the second, {last:.0f}" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

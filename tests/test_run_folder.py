@@ -1,5 +1,6 @@
 """A run's folder: what a run leaves, what loads it again, and what happens to a damaged one."""
 
+import errno
 import json
 import os
 import shutil
@@ -192,15 +193,16 @@ def test_a_resumed_run_refuses_another_log(tmp_path, capsys):
     assert "was trained on another log" in mistake(capsys, "--resume", tmp_path / "r")
 
 
-def test_a_full_disk_is_one_clear_line_and_leaves_no_half_file(
-    tmp_path, toy_file, monkeypatch, capsys
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ESTALE, errno.EROFS, errno.EIO])
+def test_a_full_or_failing_disk_is_one_clear_line_and_leaves_no_half_file(
+    number, tmp_path, toy_file, monkeypatch, capsys
 ):
-    def full(*args, **kw):
-        raise OSError(28, "No space left on device")
+    def fail(*args, **kw):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(run_folder.np, "savez", full)
+    monkeypatch.setattr(run_folder.np, "savez", fail)
     said = mistake(capsys, "--dataset-path", toy_file, *ALONE, "--out", tmp_path / "r")
-    assert said == "pgd.py: [Errno 28] No space left on device"
+    assert said == f"pgd.py: [Errno {number}] {os.strerror(number)}"
     assert not list((tmp_path / "r").rglob("*.part"))
 
 
