@@ -1,0 +1,123 @@
+"""How well a denoiser has learnt its log after so many steps, by optimiser.
+
+    python -m studies.fits collect:hopper-medium-replay --steps 4000 16000
+    python -m studies.fits pendulum-medium --steps 5000 10000 -- --features 64
+
+For each optimiser and number of steps a denoiser is fitted from the start, since the learning rate
+falls to 0 over the steps. The table has its held-out loss and the dynamics error of 512 unguided
+trajectories (see docs/claims.md), and goes into results/fits/TASK.csv. Flags of pgd.py follow a --.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+import pgd
+from host import cli, flags
+from host.errors import UserError
+from host.files import say
+from studies import claims
+from studies.common import Parser, folder_of, markdown, run_study, save_table, split_flags
+
+
+def adam(config: pgd.Config) -> optax.GradientTransformation:
+    """Adam with the schedule of pgd.make_optimiser."""
+    unit = optax.warmup_cosine_decay_schedule(0.1, 1.0, config.fit_steps // 10, config.fit_steps)
+    return optax.adam(lambda step: config.fit_lr * unit(step))
+
+
+OPTIMISERS: dict[str, tuple[Callable, float]] = {  # name -> (config -> optimiser, its rate)
+    "adam": (adam, 2e-3),
+    "adam, 5e-3": (adam, 5e-3),
+    "muon": (pgd.make_optimiser, 5e-3),
+}
+
+
+def fit(session: cli.Session, config: pgd.Config, optimiser: Callable, seed: int):
+    """-> (pgd.DenoiserState, milliseconds per step, without the first chunk's compilation)."""
+    dataset, key = session.dataset, jax.random.key(seed)
+    before, pgd.make_optimiser = pgd.make_optimiser, optimiser
+    try:
+        state = pgd.init_diffusion(key, dataset, config)
+        chunk = jax.jit(lambda key, state: pgd.fit_diffusion(key, state, dataset, config))
+        state, num = jax.block_until_ready(chunk(key, state)[0]), config.fit_steps
+        start = time.monotonic()
+        for done in range(config.fit_chunk, num, config.fit_chunk):
+            state, metrics = jax.block_until_ready(chunk(key, state))
+            if done % max(config.fit_chunk, num // 5) < config.fit_chunk:
+                say(f"  {done}/{num}: loss {float(metrics['loss']):.3f}")
+        steps = max(1, num - config.fit_chunk)
+        return state, 1e3 * (time.monotonic() - start) / steps
+    finally:
+        pgd.make_optimiser = before
+
+
+def dynamics_error(session: cli.Session, config: pgd.Config, state, judge, seed: int) -> np.ndarray:
+    """-> errors (n,) of the transitions of 512 unguided trajectories, in variances of the log."""
+    dataset, config = session.dataset, dataclasses.replace(config, sample_batch=512)
+    x = jax.jit(lambda state: pgd.sample(jax.random.key(seed + 1), state, dataset, config))(state)
+    t, (mean, std) = jax.tree.map(np.asarray, dataset.split(x)), claims.obs_scale(dataset)
+    obs, action = t.obs * std + mean, np.asarray(dataset.unscale_action(t.action))
+    going = (np.cumsum(t.done, axis=1) == 0)[:, :-1]
+    s = claims.Sample(
+        obs[:, :-1], action[:, :-1], t.reward[:, :-1], obs[:, 1:], going, going, None, None
+    )
+    error = claims.dynamics_error(s, judge, std)
+    return error[np.isfinite(error)]
+
+
+def compare(session: cli.Session, steps: Sequence[int], num_seeds: int) -> list[dict]:
+    """-> a row per optimiser and number of steps, with means over the seeds."""
+    rows, judge, dataset = [], claims.make_judge(session), session.dataset
+    for name, (optimiser, rate) in OPTIMISERS.items():
+        for num in steps:
+            config = dataclasses.replace(session.flags.config, fit_steps=num, fit_lr=rate)
+            validate = jax.jit(lambda state, c=config: pgd.validate_diffusion(state, dataset, c))
+            found = []
+            for seed in range(num_seeds):
+                say(f"{name}, {num} steps, seed {seed}")
+                state, cost = fit(session, config, optimiser, seed)
+                error = dynamics_error(session, config, state, judge, seed)
+                loss = float(validate(state)["validation_loss"])
+                found.append((cost, loss, error.mean(), np.median(error)))
+            cost, loss, mean, median = np.mean(found, axis=0)
+            rows.append(
+                {"optimiser": name, "steps": num, "seeds": num_seeds, "ms_per_step": cost,
+                 "held_out_loss": loss, "error_mean": mean, "error_median": median}
+            )  # fmt: skip
+    return rows
+
+
+def study(argv: list[str]) -> None:
+    """The command line. Raises UserError for a user's mistake."""
+    argv, more = split_flags(argv)
+    parser = Parser("fits", __doc__)
+    parser.add_argument("task", help="a task with a simulator")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10_000], help="of the denoiser")
+    parser.add_argument("--seeds", type=int, default=1, help="number of denoisers of each kind")
+    parser.add_argument("--out", default="results/fits", help="folder of the table")
+    args = parser.parse_args(argv)
+    words = ["--env", args.task, "--devices", "1", "--guidance", "0", *more]
+    given = flags.parse(words)
+    if any(num < 1 or num % given.config.fit_chunk for num in args.steps):
+        raise UserError(f"--steps must be multiples of --fit-chunk {given.config.fit_chunk}")
+    rows = compare(cli.open_session(given), args.steps, args.seeds)
+    path = Path(args.out) / f"{folder_of(args.task).name}.csv"
+    save_table(path, rows)
+    shown = [[x if isinstance(x, str) else f"{x:.4g}" for x in row.values()] for row in rows]
+    print(markdown([list(rows[0]), *shown]))
+    print(f"saved: {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line, with exit statuses as run_study has them."""
+    run_study("fits", study, argv)
+
+
+if __name__ == "__main__":
+    main()
