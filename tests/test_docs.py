@@ -32,7 +32,10 @@ def run(code: str, folder, path: str = str(ROOT)):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
-SMALL = "fit_steps=100, features=16, blocks=1, sample_steps=4, trajectories=32, sample_batch=32"
+SMALL = (
+    "fit_steps=20, fit_chunk=20, features=16, blocks=1, sample_steps=4, trajectories=32, "
+    "sample_batch=32"
+)
 LOG = "import numpy\nlog = dict(numpy.load('log.npz'))\n"
 
 
