@@ -230,9 +230,9 @@ def verdict(mutant: Mutant, tree: Path) -> str:
     ]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
-        for marks in (["-m", "not slow and not long"], ["-m", "slow or long"]):  # the quick tests first
+        for marks in ("not slow and not long", "slow or long"):  # the quick tests first
             done = subprocess.run(
-                [*command, *marks], cwd=tree, capture_output=True, text=True, timeout=1800
+                [*command, "-m", marks], cwd=tree, capture_output=True, text=True, timeout=1800
             )
             if done.returncode not in (0, 5):  # 5: no test of this kind
                 break
