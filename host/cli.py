@@ -287,9 +287,10 @@ class Recorder:
         seconds[name] = seconds.get(name, 0.0) + now - self.clock
         if stage == "fit":
             self.fitted = done
-            self.check_fit(done, np.ravel(metrics["loss"]))
             model_of = np.asarray(self.session.layout.runs.model_of)
-            self.tracker.fit(done, {k: np.ravel(x)[model_of] for k, x in metrics.items()})
+            of_runs = {name: np.ravel(x)[model_of] for name, x in metrics.items()}
+            self.check_fit(done, of_runs["loss"])
+            self.tracker.fit(done, of_runs)
         elif fused:
             self.fused_rounds(state, metrics)
         else:
@@ -304,9 +305,8 @@ class Recorder:
         self.clock = time.monotonic()
 
     def check_fit(self, chunk: int, loss: np.ndarray) -> None:
-        """Mark the runs whose model has diverged; loss (M,), one of each model."""
-        model_of = np.asarray(self.session.layout.runs.model_of)
-        for i in np.flatnonzero(~np.isfinite(loss)[model_of]):
+        """Mark the runs whose model has diverged; loss (R,), of each run's model."""
+        for i in np.flatnonzero(~np.isfinite(loss)):
             self.folder.mark_diverged(int(i), f"the loss of the fit is not finite in chunk {chunk}")
         flag = "--fit-lr" if "diff" in self.session.flags.job.synthetic else "--model-lr"
         self.folder.check_diverged(f"lower {flag}")

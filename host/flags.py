@@ -49,7 +49,7 @@ class Job:
     resume: str | None = None  # folder of a run to continue, under that run's own settings
     export: str | None = None  # target of synthetic data: FILE.hdf5, FILE.npz or minari:NAME
     export_steps: int = 100_000  # smallest number of transitions to export per seed
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # further place for the metrics
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # also shows the metrics there
     # --- Devices and hosts ---
     deterministic: bool = False  # on a GPU, only operations that give the same digits every time
     devices: int = 0  # number of this machine's devices to use; 0 means all

@@ -357,6 +357,11 @@ def real_sample(dataset: pgd.Dataset, num: int, length: int) -> Sample:
     if not len(dataset.train_starts):
         raise UserError(f"no episode of the log has {length + 1} steps; lower --horizon")
     x = dataset.windows(jax.random.key(0), dataset.train_starts, num, length + 1)
+    return as_sample(dataset, x)
+
+
+def as_sample(dataset: pgd.Dataset, x: jax.Array) -> Sample:
+    """Trajectories (n, L + 1, D), logged or sampled -> Sample (n, L, ...) without likelihoods."""
     t, (mean, std) = dataset.split(x), obs_scale(dataset)
     obs, action = np.asarray(t.obs) * std + mean, np.asarray(dataset.unscale_action(t.action))
     done, reward = np.asarray(t.done)[:, :-1], np.asarray(t.reward)[:, :-1]

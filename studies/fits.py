@@ -61,13 +61,8 @@ def dynamics_error(session: cli.Session, config: pgd.Config, state, judge, seed:
     """-> errors (n,) of the transitions of 512 unguided trajectories, in variances of the log."""
     dataset, config = session.dataset, dataclasses.replace(config, sample_batch=512)
     x = jax.jit(lambda state: pgd.sample(jax.random.key(seed + 1), state, dataset, config))(state)
-    t, (mean, std) = jax.tree.map(np.asarray, dataset.split(x)), claims.obs_scale(dataset)
-    obs, action = t.obs * std + mean, np.asarray(dataset.unscale_action(t.action))
-    going = (np.cumsum(t.done, axis=1) == 0)[:, :-1]
-    s = claims.Sample(
-        obs[:, :-1], action[:, :-1], t.reward[:, :-1], obs[:, 1:], going, going, None, None
-    )
-    error = claims.dynamics_error(s, judge, std)
+    s = claims.as_sample(dataset, x)
+    error = claims.dynamics_error(s, judge, claims.obs_scale(dataset)[1])
     return error[np.isfinite(error)]
 
 
