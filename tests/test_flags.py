@@ -35,7 +35,8 @@ def offline(monkeypatch):
 
 def mistake(capsys, args) -> str:
     """Arguments that are a mistake -> the one line on standard error, without its first word."""
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(SystemExit) as e, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.Recorder, "restore", lambda *_: pytest.fail("the run began"))
         cli.main([str(x) for x in args])
     said = capsys.readouterr()
     assert e.value.code == 2, said.err
@@ -173,7 +174,7 @@ def test_the_log_alone_has_only_real_transitions_in_its_batches():
         (["--dataset-path", "~/no/such.hdf5"], "/no/such.hdf5"),
         (["--dataset-path", "empty.hdf5"], "empty"),
         (["--dataset-path", "text.hdf5"], "cannot be read as HDF5"),
-        (["--dataset-path", "toy.hdf5", "--horizon", "64"], "0 windows of 64 steps"),
+        (["--dataset-path", "open.hdf5", "--horizon", "64"], "0 windows of 64 steps"),
         (["--dataset-path", "toy.hdf5", "--batch-size", "4096"], "larger than the log"),
         (["--dataset-path", "toy.hdf5", "--env", "hopper-medium"], "3 observations"),
         (["--dataset-path", "toy.hdf5", "--agent", "td3"], "there is no agent 'td3'"),
@@ -225,6 +226,9 @@ def test_mistakes_are_one_clear_line(
     (tmp_path / "empty.hdf5").write_bytes(b"")
     (tmp_path / "text.hdf5").write_text("observations, actions\n1, 2\n")
     (tmp_path / "toy.hdf5").symlink_to(toy_file)
+    log = toy_log(episodes=20)  # with time-outs only, past which no window runs
+    log |= {"timeouts": log["timeouts"] | log["terminals"], "terminals": 0 * log["terminals"]}
+    data.write_log(tmp_path / "open.hdf5", log, {})
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     assert message in mistake(capsys, args)
