@@ -12,7 +12,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["PGD_CACHE"] = tempfile.mkdtemp(prefix="pgd-cache-")
 os.environ["D4RL_DATASET_DIR"] = tempfile.mkdtemp(prefix="pgd-d4rl-")
 os.environ["MPLBACKEND"] = "Agg"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pgd-xla-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # all processes share what the first has compiled
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pgd-xla-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # a test process per core has no second core to use

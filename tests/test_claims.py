@@ -145,7 +145,7 @@ def test_shipped_policies_act_alike_on_standardised_observations():
     np.testing.assert_allclose(made, policy(obs, None), atol=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_stages_of_an_agent_are_those_of_one_training(dataset):
     agent = agents.bc(hidden=(8,))
     early, late = claims.train("bc", agent, dataset, 2, [250, 500])
@@ -177,7 +177,7 @@ def analysed(tmp_path_factory):
     return out, done.stdout
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_what_was_fitted_is_kept_for_the_same_command(analysed, monkeypatch):
     monkeypatch.setattr(claims.cli, "run_here", lambda given: pytest.fail("fitted again"))
     folders = claims.make_runs("pendulum-medium", analysed[0], 2, TOY)
@@ -189,7 +189,7 @@ def rows_of(path):
         return list(csv.DictReader(f))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_task_name_gives_every_table_and_figure(analysed):
     out, said = analysed
     names = {p.name for p in out.iterdir() if p.is_file()}
@@ -220,7 +220,7 @@ def test_a_task_name_gives_every_table_and_figure(analysed):
     assert len(held_out) == 2 * 3 and all(float(r["error"]) < 0.5 for r in held_out)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_guidance_makes_actions_likelier_under_the_target(analysed):
     """The first claim, at toy size and with the strongest weight: for every policy and seed."""
     rows = rows_of(analysed[0] / "likelihood.csv")
@@ -233,7 +233,7 @@ def test_guidance_makes_actions_likelier_under_the_target(analysed):
         assert pick(r, 0.05) > pick(r, 0.0)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_finished_runs_are_judged_again_with_another_sampler(analysed, tmp_path, capsys):
     out, _ = analysed
     run = str(out / "diffusion")
@@ -275,7 +275,7 @@ def test_mistakes_end_in_one_line(args, message, capsys, tmp_path, monkeypatch):
     assert message in mistake(capsys, *args) and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -314,7 +314,7 @@ def test_ctrl_c_ends_with_status_130(capsys, monkeypatch):
     assert e.value.code == 130 and "interrupted" in capsys.readouterr().err
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_where_no_simulator_can_judge_a_model_does_and_says_so(capsys, monkeypatch):
     config = claims.world_model.Config(model_steps=200, model_chunk=100, patience=1)
     monkeypatch.setattr(
@@ -338,7 +338,7 @@ RENDER = (
 )
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_body_is_rendered_where_it_can_be():
     environment = {"MUJOCO_GL": "egl"} | {k: v for k, v in os.environ.items() if k != "DISPLAY"}
     ask = [sys.executable, "-c", RENDER]

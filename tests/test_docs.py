@@ -43,6 +43,7 @@ LOG = "import numpy\nlog = dict(numpy.load('log.npz'))\n"
 def test_the_readmes_example_of_copying_runs(tmp_path):
     np.savez(tmp_path / "log.npz", **toy_log())
     code = blocks(ROOT / "README.md", "Copy it").replace("fit_steps=1_000", SMALL)
+    code = code.replace("updates=100", "updates=10")
     done = run(LOG + code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("(2, 512, 3)")
@@ -54,6 +55,7 @@ def test_the_example_of_another_project_runs_with_pgd_alone(tmp_path):
     (tmp_path / "pgd.py").write_text((ROOT / "pgd.py").read_text())
     code = blocks(ROOT / "docs" / "developing.md", "Use pgd.py in another project")
     code = code.replace("fit_steps=1_000, rounds=5", f"{SMALL}, rounds=2, horizon=8")
+    code = code.replace("updates=100", "updates=10")
     done = run(LOG + code, tmp_path, path=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("(2, 256, 3)")

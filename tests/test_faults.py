@@ -12,14 +12,14 @@ def bench(tmp_path_factory):
     return faults.Bench(tmp_path_factory.mktemp("faults"), seed=1)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_miniature_of_the_campaign(bench):
     assert list(faults.kills(bench, 1, aimed=True)).count("wrong") == 0
     assert list(faults.full_disks(bench, 1)) == ["same"]
     assert set(faults.damages(bench, 1)) <= {"same", "refused"}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_campaign_sees_a_number_that_differs(bench):
     out = bench.folder / "run1"  # that nothing happened to
     assert faults.content(out) == bench.wanted

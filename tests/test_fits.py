@@ -11,7 +11,7 @@ from studies import fits
 SMALL = "--preset smoke --fit-chunk 20 --horizon 8 --sample-steps 4".split()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_miniature_has_a_row_per_optimiser_and_number_of_steps(tmp_path, capsys):
     before = pgd.make_optimiser
     fits.main(["pendulum-medium", "--steps", "20", "60", "--out", str(tmp_path), "--", *SMALL])

@@ -223,7 +223,7 @@ def uniform_task(act_dim):
     size = len(log["rewards"]), act_dim
     log["actions"] = np.random.default_rng(1).uniform(-1, 1, size)
     dataset = pgd.make_dataset(log, CONFIG)
-    u = jnp.linspace(-0.999, 0.999, 801)
+    u = jnp.linspace(-0.999, 0.999, 401)
     first, last = 3, 3 + act_dim
     z = (jnp.arctanh(u)[:, None] - dataset.mean[first:last]) / dataset.std[first:last]  # (G, A)
 

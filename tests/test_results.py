@@ -170,7 +170,7 @@ def test_a_second_look_at_a_row_replaces_the_first(tmp_path):
     assert results.is_done(row, tmp_path) and not results.is_done(row._replace(task="b"), tmp_path)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_miniature_of_the_grid_resumes_and_reports(tmp_path, monkeypatch, capsys):
     """One task: a row on the log alone and one on unguided and guided data."""
     monkeypatch.setattr(results, "QUICK", results.QUICK + " --fit-steps 40 --fit-chunk 20")

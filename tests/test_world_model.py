@@ -71,7 +71,7 @@ def test_it_learns_a_noisy_linear_system_and_the_size_of_its_noise(fitted):
 @pytest.mark.slow
 def test_the_terminal_head_finds_where_episodes_end():
     """Terminals where the first observation is above 1, and nowhere else."""
-    log = toy_log(episodes=100, length=20)
+    log = toy_log(episodes=300, length=20)
     x = log["observations"]
     log["terminals"], log["timeouts"] = x[:, 0] > 1.0, np.arange(len(x)) % 20 == 19
     log["timeouts"] &= ~log["terminals"]
