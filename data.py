@@ -20,13 +20,16 @@ A prefix of a name says where its log comes from:
     halfcheetah-medium            D4RL's file; if it cannot be fetched, collect:halfcheetah-medium
 """
 
+import contextlib
 import difflib
 import functools
 import hashlib
+import io
 import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -397,6 +400,8 @@ def _lookup(name: str) -> Entry:
     if full is None:
         near = difflib.get_close_matches(name, [*known, *without_version], n=4, cutoff=0.5)
         near = list(dict.fromkeys(map(bare_name, near))) or sorted(without_version)[:4]
+        if Path(name).is_dir():
+            raise UserError(f"there is no task {name!r}; to read the folder, write ./{name}")
         raise UserError(
             f"there is no task {name!r}; did you mean {' or '.join(near)}? "
             "python data.py list names all"
@@ -735,6 +740,28 @@ def measure_command(task: tyro.conf.Positional[str], episodes: int = 1000) -> No
     measure_policies(task, episodes)
 
 
+def parse_command(commands: dict[str, Callable]) -> Callable[[], None]:
+    """The command line -> the call of its command, not made yet. Raises UserError for a mistake."""
+
+    def put_off(command: Callable) -> Callable:
+        bind = functools.partial(functools.partial, command)
+        return functools.wraps(command)(lambda *args, **kwargs: bind(*args, **kwargs))
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            deferred = {name: put_off(command) for name, command in commands.items()}
+            return tyro.extras.subcommand_cli_from_dict(deferred)
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+    lines = [line.strip("│╭╮╰╯ ") for line in said.getvalue().splitlines()]  # of tyro's box
+    rules = [";" if re.match("─|-+$", line) else line for line in lines]
+    parts = [" ".join(part.split()).rstrip(".") for part in " ".join(rules).split(";")[1:]]
+    mistakes = [part for part in parts if part and not part.startswith(("For full", "Argument"))]
+    raise UserError(f"{'; '.join(mistakes)}; python data.py COMMAND --help explains a command")
+
+
 def main() -> None:
     """Run one command. A mistake is one line on stderr and exit status 2."""
     commands = {
@@ -747,7 +774,7 @@ def main() -> None:
         "measure": measure_command,
     }
     try:
-        tyro.extras.subcommand_cli_from_dict(commands)
+        parse_command(commands)()
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError, MemoryError) as e:

@@ -508,12 +508,18 @@ def test_info_of_a_published_log(tmp_path, capsys, monkeypatch):
         (["measure", "pendulum", "--episodes", "0"], "--episodes must be at least 1"),
         (["train-policy", "pendulum", "--out", "x", "--num-envs", "0"], "--num-envs must be at"),
         (["measure", "pendulumm"], "there is no simulator"),
+        (["inof", "pendulum-medium"], "Unrecognized options: inof, pendulum-medium; Available"),
+        (["info"], "Missing from data.py info: STR name of a task"),
+        (["collect", "pendulum-medium", "--steps", "x"], "Error parsing --steps"),
+        (["info", "a_folder"], "to read the folder, write ./a_folder"),
     ],
 )
 def test_mistakes_at_the_command_line_are_one_line(args, message, capsys, monkeypatch, tmp_path):
+    (tmp_path / "a_folder").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
         data_command(capsys, monkeypatch, *args)
     said = capsys.readouterr().err
     assert e.value.code == 2 and message in said and said.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert said.startswith("data.py: ") and not set(said) & set("│─╭╰")
+    assert [p.name for p in tmp_path.iterdir()] == ["a_folder"]
