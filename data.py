@@ -756,8 +756,8 @@ def parse_command(commands: dict[str, Callable]) -> Callable[[], None]:
         if not e.code:  # --help
             raise
     lines = [line.strip("│╭╮╰╯ ") for line in said.getvalue().splitlines()]  # of tyro's box
-    rules = [";" if re.match("─|-+$", line) else line for line in lines]
-    parts = [" ".join(part.split()).rstrip(".") for part in " ".join(rules).split(";")[1:]]
+    rules = ["\n" if re.match("─|-+$", line) else line for line in lines]
+    parts = [" ".join(part.split()).rstrip(".") for part in " ".join(rules).split("\n")[1:]]
     mistakes = [part for part in parts if part and not part.startswith(("For full", "Argument"))]
     raise UserError(f"{'; '.join(mistakes)}; python data.py COMMAND --help explains a command")
 
