@@ -1,17 +1,20 @@
 """Progress that a person sees on a terminal, and in a log file alike."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-EVERY = 60.0  # seconds between two lines of a log file during the fit
+EVERY = 60.0  # seconds between two lines of a log file, but for rounds
+T = TypeVar("T")
 
 
 class Progress:
-    """On a terminal a bar per stage; elsewhere a line per round, and one per minute of the fit."""
+    """On a terminal a bar per stage; elsewhere a line per round, and one per minute of others."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         """clock: -> seconds."""
@@ -39,17 +42,27 @@ class Progress:
     def print_line(self, stage: str, done: int, total: int, said: str) -> None:
         now = self.clock()
         start, before = self.first.setdefault(stage, (now, done))
-        if stage == "fit" and now - self.shown < EVERY and done < total:
+        if stage != "rounds" and now - self.shown < EVERY and done < total:
             return
         left = (total - done) * (now - start) / max(1, done - before)
-        about = "" if done in (total, before) else f", about {duration(left)} left"
-        print(f"{stage} {done}/{total}: {said}{about}", file=sys.stderr, flush=True)
+        about = "" if done in (total, before) else f"about {duration(left)} left"
+        text = ", ".join(filter(None, (said, about)))
+        print(f"{stage} {done}/{total}" + f": {text}" * bool(text), file=sys.stderr, flush=True)
         self.shown = now
 
     def close(self) -> None:
         """Leave the terminal with whole lines."""
         for bar in self.bars.values():
             bar.close()
+
+
+def counted(items: Iterable[T], stage: str, total: int | None = None) -> Iterator[T]:
+    """The items, of which there are `total`, with their progress shown after each."""
+    total = len(items) if total is None else total
+    with contextlib.closing(Progress()) as progress:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress(stage, done, total, "")
 
 
 def duration(seconds: float) -> str:

@@ -41,7 +41,7 @@ class Tracker:
     def rows(self, rows: Sequence[dict]) -> None:
         """Rows of metrics.csv, which hold a run's label, its updates and its metrics."""
         of_run = [tuple(label.items()) for label in self.labels]
-        named = {"updates", *self.labels[0]}
+        named = {"updates", "round", *self.labels[0]}
         with self.guarded():
             for row in rows if self.outlets else ():
                 log, _ = self.outlets[of_run.index(tuple((k, row[k]) for k in self.labels[0]))]

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import agents
 import data
@@ -35,6 +34,7 @@ from baselines.behaviour import ClonedState
 from host import cli, collect, envs, flags, run_folder
 from host.errors import UserError
 from host.files import say
+from host.progress import counted
 from host.run_folder import interval
 from studies.common import Parser, folder_of, is_file, markdown, run_study, save_table, split_flags
 from studies.figures import COLOURS, ORDER, line, new_figure, save_figure
@@ -186,7 +186,7 @@ def train(name: str, agent, dataset: pgd.Dataset, num_seeds: int, stages: Sequen
     keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
     states = jax.jit(jax.vmap(init, in_axes=(0, None)))(keys, dataset)
     chunk, kept = jax.jit(jax.vmap(chunk, in_axes=(0, 0, None, None))), []
-    for i in tqdm(range(max(stages) // CHUNK), f"target policies, {name}", disable=None):
+    for i in counted(range(max(stages) // CHUNK), f"target policies, {name}"):
         states = chunk(keys, states, dataset, i)
         if (i + 1) * CHUNK in stages:
             kept.append(states)
@@ -285,7 +285,7 @@ def independent_model(dataset: pgd.Dataset) -> Callable:
     model = world_model.make_world_model(config)
     key = jax.random.key(2**31 - 1)
     fit, state = jax.jit(model.fit, donate_argnums=1), jax.jit(model.init)(key, dataset)
-    for _ in tqdm(range(model.num_chunks), "independent model", disable=None):
+    for _ in counted(range(model.num_chunks), "independent model"):
         state, _ = fit(key, state, dataset)
         if state.stale >= config.patience:
             break
@@ -486,24 +486,22 @@ def judge_all(models, targets, weights, session, judge, num: int, num_seeds: int
         for target in targets
     }
     settings = [
-        (target, model, weight)
+        (target, model, weight, seed)
         for target in targets
         for model in models
         for weight in (weights if model.name == "diffusion" else [0.0])
+        for seed in range(num_seeds)
     ]
-    with tqdm(total=len(settings) * num_seeds, desc="judge", disable=None) as bar:
-        for target, model, weight in settings:
-            kind = model.name, id(target.agent)
-            if kind not in samplers:
-                samplers[kind] = make_sampler(model, target.agent, clone, dataset, num, length)
-            for seed in range(num_seeds):
-                s = samplers[kind](target, seed, weight)
-                about = {"target": target.name, "distance": away[target.name][seed]}
-                about |= {"model": model.name, "weight": weight, "seed": seed}
-                judge_sample(tables, about, s, judge, ref, dataset)
-                if seed == 0:
-                    drawn[target.name, model.name, weight] = s
-                bar.update()
+    for target, model, weight, seed in counted(settings, "judged samples"):
+        kind = model.name, id(target.agent)
+        if kind not in samplers:
+            samplers[kind] = make_sampler(model, target.agent, clone, dataset, num, length)
+        s = samplers[kind](target, seed, weight)
+        about = {"target": target.name, "distance": away[target.name][seed]}
+        about |= {"model": model.name, "weight": weight, "seed": seed}
+        judge_sample(tables, about, s, judge, ref, dataset)
+        if seed == 0:
+            drawn[target.name, model.name, weight] = s
     return tables, drawn
 
 

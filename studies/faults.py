@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import data
 from host import d4rl
 from host.errors import UserError
 from host.export import write_minari
 from host.files import say, write_arrays
+from host.progress import counted
 from studies.common import Parser, run_study, save_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -365,8 +365,8 @@ def campaign(num: dict[str, int], only: Sequence[str], seed: int, path: Path) ->
         for kind in only or every:
             fault, most = every[kind]
             counts = {"same": 0, "refused": 0, "wrong": 0}
-            verdicts = fault.make(bench, max(1, round(fault.share * most)))
-            for verdict in tqdm(verdicts, fault.what, disable=None):
+            tries = max(1, round(fault.share * most))
+            for verdict in counted(fault.make(bench, tries), fault.what, tries):
                 counts[verdict] += 1
             rows[fault.what] = {"fault": fault.what, "tries": sum(counts.values())} | counts
             save_table(path, list(rows.values()))

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import agents
 import data
@@ -32,6 +31,7 @@ import pgd
 from baselines import world_model
 from host import cli, collect, envs, flags, run_folder
 from host.errors import UserError
+from host.progress import counted
 from host.run_folder import interval
 from studies import claims
 from studies.common import Parser, folder_of, run_study, save_table, split_flags
@@ -229,14 +229,12 @@ def fqe(policies: Sequence[Policy], dataset: pgd.Dataset, starts, num_seeds: int
         return jnp.mean(agents.min_q(critic, starts, action)) * value_scale(dataset, s)
 
     found = np.zeros((len(policies), num_seeds))
-    bar = tqdm(total=found.size, desc="fitted Q evaluation", disable=None)
-    for (i, seed), _ in np.ndenumerate(found):
+    for i, seed in counted(list(np.ndindex(found.shape)), "fitted Q evaluation"):
         key, policy = jax.random.key(seed), policies[i]
         state = init_fqe(key, dataset)
         for index in range(s.updates // CHUNK):
             state = chunk(policy.act, policy.params, key, state, dataset, index)
         found[i, seed] = value(policy.act, policy.params, state.critic, dataset, starts)
-        bar.update()
     return found
 
 
@@ -251,11 +249,9 @@ def with_model(model: claims.Model, policies, dataset, starts, num_seeds: int, s
         return jnp.mean(returns)
 
     found = np.zeros((len(policies), num_seeds))
-    bar = tqdm(total=found.size, desc=model.name, disable=None)
-    for (i, seed), _ in np.ndenumerate(found):
+    for i, seed in counted(list(np.ndindex(found.shape)), f"estimates by {model.name}"):
         policy, key = policies[i], jax.random.key(seed)
         found[i, seed] = estimate(policy.act, policy.params, key, model.of(seed), dataset, starts)
-        bar.update()
     return found
 
 

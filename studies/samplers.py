@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import agents
 import pgd
 from host import cli
 from host.errors import UserError
+from host.progress import counted
 from studies import claims
 from studies.common import Parser, folder_of, markdown, run_study, save_table, split_flags
 from studies.figures import ORDER, new_figure, save_figure
@@ -175,21 +175,19 @@ def sample_all(run_dir: str, num: int, num_seeds: int, weights: Sequence[float])
         t = logged(dataset, num, model.config.horizon, seed)
         rows.append(about | measure(bench, t, seed))
     settings = [(name, f, levels) for name, f in FAMILIES.items() for levels in f.levels]
-    total = len(settings) * len(weights) * num_seeds
-    with tqdm(total=total, desc="samplers", disable=None) as bar:
-        for name, family, levels in settings:
-            own = claims.POLICY_ONLY | family.settings | {"sample_steps": levels}
-            own |= {"trajectories": num, "sample_batch": num}
+    parts = [(*s, w) for s in settings for w in weights]
+    for name, family, levels, weight in counted(parts, "samplers"):
+        own = claims.POLICY_ONLY | family.settings | {"sample_steps": levels}
+        own |= {"trajectories": num, "sample_batch": num}
+        if weight == weights[0]:
             sample = make_sampler(dataclasses.replace(model.config, **own), num, model.rule)
-            for weight in weights:
-                for seed in range(num_seeds):
-                    target = jax.tree.map(lambda x, seed=seed: x[seed], bench.targets)
-                    args = model.of(seed), target, jnp.float32(weight), dataset
-                    t = sample(jax.random.key(seed), *args)
-                    about = {"sampler": name, "levels": levels}
-                    about |= {"calls": calls(family.settings, levels), "weight": weight}
-                    rows.append(about | {"seed": seed} | measure(bench, t, seed))
-                    bar.update()
+        for seed in range(num_seeds):
+            target = jax.tree.map(lambda x, seed=seed: x[seed], bench.targets)
+            args = model.of(seed), target, jnp.float32(weight), dataset
+            t = sample(jax.random.key(seed), *args)
+            about = {"sampler": name, "levels": levels}
+            about |= {"calls": calls(family.settings, levels), "weight": weight}
+            rows.append(about | {"seed": seed} | measure(bench, t, seed))
     return rows
 
 

@@ -17,7 +17,7 @@ import data
 import pgd
 from host import cli, run_folder
 from host.errors import UserError
-from host.progress import Progress
+from host.progress import Progress, counted
 from studies import figures
 
 TINY = (
@@ -393,6 +393,20 @@ def test_without_a_terminal_there_is_a_line_a_minute_of_the_fit_and_a_line_per_r
         "rounds 2/3: return 1.0, about 50 min left",
         "rounds 3/3: return 1.0",
     ]
+
+
+def test_items_that_are_counted_are_all_there_and_said_once_a_minute(capsys, monkeypatch):
+    clock, seen = Clock(), []
+    monkeypatch.setattr("host.progress.Progress", lambda: Progress(clock))
+    for item in counted("abcde", "samples"):
+        seen.append(item)
+        clock.now += 40.0
+    assert "".join(seen) == "abcde"
+    assert capsys.readouterr().err.splitlines() == [
+        "samples 2/5: about 2 min left", "samples 4/5: about 1 min left", "samples 5/5",
+    ]  # fmt: skip
+    next(items := counted(iter([7]), "samples", 1))
+    assert list(items) == [] and capsys.readouterr().err == "samples 1/1\n"
 
 
 def test_on_a_terminal_there_are_bars(capsys, monkeypatch):

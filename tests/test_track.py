@@ -53,10 +53,10 @@ def test_each_run_has_its_own_curves_by_chunk_and_by_update(tmp_path):
     tracker.rows(ROWS)
     tracker.close()
     found = {p.parent.name: events(p) for p in tmp_path.glob("tensorboard/*/events*")}
-    wanted = [(1, "fit/loss", 0.5), (50, "round/round", 0.0), (50, "round/return", -5.0)]
+    wanted = [(1, "fit/loss", 0.5), (50, "round/return", -5.0)]
     assert found["seed0"] == wanted
     assert found["seed1"][0] == (1, "fit/loss", 0.25)
-    assert found["seed1"][2] == (50, "round/return", -3.0)
+    assert found["seed1"][1] == (50, "round/return", -3.0)
 
 
 def test_weights_and_biases_keeps_the_metrics_offline(tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ def test_weights_and_biases_keeps_the_metrics_offline(tmp_path, monkeypatch):
     tracker.fit(1, {"loss": np.array([0.5, 0.25])})
     tracker.rows(ROWS)
     tracker.close()
-    files, until = list(tmp_path.glob("wandb/offline-run-*/*.wandb")), time.monotonic() + 20.0
+    files, until = list(tmp_path.glob("wandb/offline-run-*/*.wandb")), time.monotonic() + 60.0
     assert len(files) == 2
     kept = lambda: [f.read_bytes() for f in files]
     while time.monotonic() < until and not all(b"-5" in x or b"-3" in x for x in kept()):
@@ -104,7 +104,7 @@ def test_a_resumed_folder_goes_on_with_its_curves_and_another_one_does_not(tmp_p
     assert [how["group"] for how in package.begun] == ["one"] * 4 + ["two"] * 2
     assert package.begun[0]["config"] == {"guidance": 64.0, "seed": 0}
     assert package.begun[0]["mode"] is None
-    row = {"updates": 50, "round/round": 0, "round/return": -3.0}
+    row = {"updates": 50, "round/return": -3.0}
     assert package.logged[0] == ("one seed1", row)
 
 
