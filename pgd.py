@@ -55,9 +55,9 @@ class Config:
     groups: int = 8  # channel groups of the normalisation, which also runs over time
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # the denoiser's activations
     # --- Denoiser training ---
-    fit_steps: int = 10_000  # gradient steps of the denoiser
+    fit_steps: int = 4_000  # gradient steps of the denoiser
     fit_chunk: int = 100  # gradient steps of the denoiser between two progress reports
-    fit_batch: int = 16  # trajectories in each gradient step of the denoiser
+    fit_batch: int = 32  # trajectories in each gradient step of the denoiser
     fit_lr: float = 5e-3  # peak learning rate: linear warm-up over a tenth, then a cosine to 0
     ema: float = 0.9995  # decay per step of the averaged parameters, which the sampler uses
     p_mean: float = -1.2  # mean of ln sigma in training (EDM Table 1)

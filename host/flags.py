@@ -79,11 +79,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         trajectories=8_192, sample_batch=1_024,
     ),
     "smoke": dict(
-        features=16, blocks=1, fit_steps=200, sample_steps=8, model_steps=200, model_chunk=50,
-        rounds=2, updates=50, trajectories=64, sample_batch=64, eval_episodes=4,
+        features=16, blocks=1, fit_steps=200, fit_batch=16, sample_steps=8, rounds=2, updates=50,
+        trajectories=64, sample_batch=64, model_steps=200, model_chunk=50, eval_episodes=4,
     ),
     "laptop": dict(
-        features=128, fit_steps=32_000, rounds=8, updates=5_000, trajectories=1_024,
+        features=128, fit_steps=5_000, fit_batch=64, rounds=8, updates=5_000, trajectories=1_024,
     ),
     "paper": dict(
         features=1_024, levels=3, blocks=1, fit_steps=1_000_000, fit_batch=32, sampler="heun",

@@ -1,14 +1,16 @@
-"""How well a denoiser has learnt its log after so many steps, by optimiser.
+"""How well a denoiser has learnt its log after so many steps, by optimiser and batch.
 
     python -m studies.fits collect:hopper-medium-replay --steps 4000 16000
-    python -m studies.fits pendulum-medium --steps 5000 10000 -- --features 64
+    python -m studies.fits pendulum-medium --steps 5000x16 4000x32 --optimisers muon
 
-For each optimiser and number of steps a denoiser is fitted from the start, since the learning rate
-falls to 0 over the steps. The table has its held-out loss and the dynamics error of 512 unguided
-trajectories (see docs/claims.md), and goes into results/fits/TASK.csv. Flags of pgd.py follow a --.
+5000x16 are 5,000 steps of 16 windows; 5000 alone takes the batch of the run. For each of these and
+each optimiser a denoiser is fitted from the start, since the learning rate falls to 0 over the
+steps. The table has its held-out loss and the dynamics error of 512 unguided trajectories (see
+docs/claims.md), and goes into results/fits/TASK.csv. Flags of pgd.py follow a --.
 """
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,26 +68,39 @@ def dynamics_error(session: cli.Session, config: pgd.Config, state, judge, seed:
     return error[np.isfinite(error)]
 
 
-def compare(session: cli.Session, steps: Sequence[int], num_seeds: int) -> list[dict]:
-    """-> a row per optimiser and number of steps, with means over the seeds."""
+def compare(session: cli.Session, names: Sequence[str], lengths: Sequence[tuple], num_seeds: int):
+    """-> a row per optimiser and length, (steps, batch), with means over the seeds."""
     rows, judge, dataset = [], claims.make_judge(session), session.dataset
-    for name, (optimiser, rate) in OPTIMISERS.items():
-        for num in steps:
-            config = dataclasses.replace(session.flags.config, fit_steps=num, fit_lr=rate)
+    for name in names:
+        optimiser, rate = OPTIMISERS[name]
+        for num, batch in lengths:
+            own = {"fit_steps": num, "fit_batch": batch, "fit_lr": rate}
+            config = dataclasses.replace(session.flags.config, **own)
             validate = jax.jit(lambda state, c=config: pgd.validate_diffusion(state, dataset, c))
             found = []
             for seed in range(num_seeds):
-                say(f"{name}, {num} steps, seed {seed}")
+                say(f"{name}, {num} steps of {batch} windows, seed {seed}")
                 state, cost = fit(session, config, optimiser, seed)
                 error = dynamics_error(session, config, state, judge, seed)
                 loss = float(validate(state)["validation_loss"])
                 found.append((cost, loss, error.mean(), np.median(error)))
             cost, loss, mean, median = np.mean(found, axis=0)
             rows.append(
-                {"optimiser": name, "steps": num, "seeds": num_seeds, "ms_per_step": cost,
+                {"optimiser": name, "steps": num, "batch": batch, "seeds": num_seeds,
+                 "ms_per_step": cost, "seconds": cost * num / 1e3,
                  "held_out_loss": loss, "error_mean": mean, "error_median": median}
             )  # fmt: skip
     return rows
+
+
+def length_of(word: str, config: pgd.Config) -> tuple[int, int]:
+    """STEPS or STEPSxBATCH -> (steps, windows in a step)."""
+    if not (found := re.fullmatch(r"([1-9]\d{0,8})(?:x([1-9]\d{0,5}))?", word)):
+        raise UserError(f"--steps needs words such as 5000 or 5000x16, not {word}")
+    num, batch = int(found[1]), int(found[2] or config.fit_batch)
+    if num % config.fit_chunk:
+        raise UserError(f"--steps must be multiples of --fit-chunk {config.fit_chunk}")
+    return num, batch
 
 
 def study(argv: list[str]) -> None:
@@ -93,15 +108,17 @@ def study(argv: list[str]) -> None:
     argv, more = split_flags(argv)
     parser = Parser("fits", __doc__)
     parser.add_argument("task", help="a task with a simulator")
-    parser.add_argument("--steps", type=int, nargs="+", default=[10_000], help="of the denoiser")
+    parser.add_argument("--steps", nargs="+", default=[str(pgd.Config.fit_steps)],
+                        metavar="STEPSxBATCH", help="of the denoiser's training")  # fmt: skip
+    parser.add_argument("--optimisers", nargs="+", choices=list(OPTIMISERS),
+                        default=list(OPTIMISERS), help="those to compare")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="number of denoisers of each kind")
     parser.add_argument("--out", default="results/fits", help="folder of the table")
     args = parser.parse_args(argv)
     words = ["--env", args.task, "--devices", "1", "--guidance", "0", *more]
     given = flags.parse(words)
-    if any(num < 1 or num % given.config.fit_chunk for num in args.steps):
-        raise UserError(f"--steps must be multiples of --fit-chunk {given.config.fit_chunk}")
-    rows = compare(cli.open_session(given), args.steps, args.seeds)
+    lengths = [length_of(word, given.config) for word in args.steps]
+    rows = compare(cli.open_session(given), args.optimisers, lengths, args.seeds)
     path = Path(args.out) / f"{folder_of(args.task).name}.csv"
     save_table(path, rows)
     shown = [[x if isinstance(x, str) else f"{x:.4g}" for x in row.values()] for row in rows]
