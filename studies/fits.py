@@ -121,7 +121,7 @@ def study(argv: list[str]) -> None:
     rows = compare(cli.open_session(given), args.optimisers, lengths, args.seeds)
     path = Path(args.out) / f"{folder_of(args.task).name}.csv"
     save_table(path, rows)
-    shown = [[x if isinstance(x, str) else f"{x:.4g}" for x in row.values()] for row in rows]
+    shown = [[f"{x:.4g}" if isinstance(x, float) else f"{x}" for x in row.values()] for row in rows]
     print(markdown([list(rows[0]), *shown]))
     print(f"saved: {path}")
 
