@@ -508,9 +508,9 @@ def test_info_of_a_published_log(tmp_path, capsys, monkeypatch):
         (["measure", "pendulum", "--episodes", "0"], "--episodes must be at least 1"),
         (["train-policy", "pendulum", "--out", "x", "--num-envs", "0"], "--num-envs must be at"),
         (["measure", "pendulumm"], "there is no simulator"),
-        (["inof", "pendulum-medium"], "Unrecognized options: inof, pendulum-medium; Available"),
-        (["info"], "Missing from data.py info: STR name of a task"),
-        (["collect", "pendulum-medium", "--steps", "x"], "Error parsing --steps"),
+        (["inof", "pendulum-medium"], "data.py: Unrecognized options: inof, pendulum-medium; Av"),
+        (["info"], "data.py: Missing from data.py info: STR name of a task"),
+        (["collect", "pendulum-medium", "--steps", "x"], "data.py: Error parsing --steps"),
         (["info", "a_folder"], "to read the folder, write ./a_folder"),
     ],
 )
