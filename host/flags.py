@@ -86,9 +86,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         features=128, fit_steps=5_000, fit_batch=64, rounds=8, updates=5_000, trajectories=1_024,
     ),
     "paper": dict(
-        features=1_024, levels=3, blocks=1, fit_steps=1_000_000, fit_batch=32, sampler="heun",
-        sample_steps=256, sigma_min=0.002, sigma_max=80.0, guidance=1.0, guidance_rule="paper",
-        rounds=100, updates=10_000, trajectories=8_192, sample_batch=256,
+        features=1_024, levels=3, blocks=1, fit_steps=1_000_000, fit_batch=32, ema=0.9995,
+        p_mean=-1.2, p_std=1.2, sampler="heun", sample_steps=256, sigma_min=0.002, sigma_max=80.0,
+        guidance=1.0, guidance_rule="paper", rounds=100, updates=10_000, trajectories=8_192,
+        sample_batch=256,
     ),
 }  # fmt: skip
 

@@ -2,11 +2,14 @@
 
     python -m studies.fits collect:hopper-medium-replay --steps 4000 16000
     python -m studies.fits pendulum-medium --steps 5000x16 4000x32 --optimisers muon
+    python -m studies.fits pendulum-medium --optimisers muon --name long-ema -- --ema 0.9995
 
 5000x16 are 5,000 steps of 16 windows; 5000 alone takes the batch of the run. For each of these and
 each optimiser a denoiser is fitted from the start, since the learning rate falls to 0 over the
-steps. The table has its held-out loss and the dynamics error of 512 unguided trajectories (see
-docs/claims.md), and goes into results/fits/TASK.csv. Flags of pgd.py follow a --.
+steps. The table has its held-out loss, and three measures of 2,048 unguided trajectories: the
+dynamics error (see docs/claims.md), the spread, which is the standard deviation of observations
+divided by that of logged windows, and the share of trajectories that reach a terminal. It goes into
+results/fits/TASK.csv, or TASK-NAME.csv. Flags of pgd.py follow a --.
 """
 
 import dataclasses
@@ -59,13 +62,22 @@ def fit(session: cli.Session, config: pgd.Config, optimiser: Callable, seed: int
         pgd.make_optimiser = before
 
 
-def dynamics_error(session: cli.Session, config: pgd.Config, state, judge, seed: int) -> np.ndarray:
-    """-> errors (n,) of the transitions of 512 unguided trajectories, in variances of the log."""
-    dataset, config = session.dataset, dataclasses.replace(config, sample_batch=512)
-    x = jax.jit(lambda state: pgd.sample(jax.random.key(seed + 1), state, dataset, config))(state)
-    s = claims.as_sample(dataset, x)
-    error = claims.dynamics_error(s, judge, claims.obs_scale(dataset)[1])
-    return error[np.isfinite(error)]
+def quality(session: cli.Session, config: pgd.Config, state, judge, seed: int) -> dict[str, float]:
+    """-> measures of 2,048 unguided trajectories, and of as many windows of the log."""
+    dataset, keys = session.dataset, jax.random.split(jax.random.key(seed + 1), 4)
+    config = dataclasses.replace(config, sample_batch=512)
+    draw = lambda key: pgd.sample(key, state, dataset, config)
+    x = np.concatenate(jax.jit(lambda keys: jax.lax.map(draw, keys))(keys))
+    log = np.asarray(dataset.windows(keys[0], dataset.train_starts, len(x), config.horizon))
+    error = claims.dynamics_error(claims.as_sample(dataset, x), judge, claims.obs_scale(dataset)[1])
+    error = error[np.isfinite(error)]
+    spread = lambda x: x[..., : dataset.obs_dim].std(axis=(0, 1))
+    ended = lambda x: float(np.asarray(dataset.split(x).done).any(axis=1).mean())
+    return {
+        "error_mean": error.mean(), "error_median": np.median(error),
+        "spread": float(np.mean(spread(x) / spread(log))),
+        "terminal": ended(x), "terminal_in_log": ended(log),
+    }  # fmt: skip
 
 
 def compare(session: cli.Session, names: Sequence[str], lengths: Sequence[tuple], num_seeds: int):
@@ -81,15 +93,12 @@ def compare(session: cli.Session, names: Sequence[str], lengths: Sequence[tuple]
             for seed in range(num_seeds):
                 say(f"{name}, {num} steps of {batch} windows, seed {seed}")
                 state, cost = fit(session, config, optimiser, seed)
-                error = dynamics_error(session, config, state, judge, seed)
                 loss = float(validate(state)["validation_loss"])
-                found.append((cost, loss, error.mean(), np.median(error)))
-            cost, loss, mean, median = np.mean(found, axis=0)
-            rows.append(
-                {"optimiser": name, "steps": num, "batch": batch, "seeds": num_seeds,
-                 "ms_per_step": cost, "seconds": cost * num / 1e3,
-                 "held_out_loss": loss, "error_mean": mean, "error_median": median}
-            )  # fmt: skip
+                kept = {"ms_per_step": cost, "seconds": cost * num / 1e3, "held_out_loss": loss}
+                found.append(kept | quality(session, config, state, judge, seed))
+            about = {"optimiser": name, "steps": num, "batch": batch, "seeds": num_seeds}
+            means = {key: float(np.mean([x[key] for x in found])) for key in found[0]}
+            rows.append(about | means)
     return rows
 
 
@@ -113,13 +122,15 @@ def study(argv: list[str]) -> None:
     parser.add_argument("--optimisers", nargs="+", choices=list(OPTIMISERS),
                         default=list(OPTIMISERS), help="those to compare")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="number of denoisers of each kind")
+    parser.add_argument("--name", help="part of the table's name, for other settings")
     parser.add_argument("--out", default="results/fits", help="folder of the table")
     args = parser.parse_args(argv)
     words = ["--env", args.task, "--devices", "1", "--guidance", "0", *more]
     given = flags.parse(words)
     lengths = [length_of(word, given.config) for word in args.steps]
     rows = compare(cli.open_session(given), args.optimisers, lengths, args.seeds)
-    path = Path(args.out) / f"{folder_of(args.task).name}.csv"
+    name = folder_of(args.task).name + (f"-{args.name}" if args.name else "")
+    path = Path(args.out) / f"{name}.csv"
     save_table(path, rows)
     shown = [[f"{x:.4g}" if isinstance(x, float) else f"{x}" for x in row.values()] for row in rows]
     print(markdown([list(rows[0]), *shown]))

@@ -312,10 +312,11 @@ def bench_seeds(counts: Sequence[int], dataset: pgd.Dataset, repeats: int):
 
 
 class Unfolded(NamedTuple):
-    """Stands for pgd.unfold(x, kernel)."""
+    """Stands for pgd.unfold(x, kernel, gap)."""
 
     x: Any
     kernel: int
+    gap: int = 1
 
 
 def dense_by_xla(params: dict, x: Any, dense: Callable = pgd.dense) -> Any:
@@ -325,8 +326,9 @@ def dense_by_xla(params: dict, x: Any, dense: Callable = pgd.dense) -> Any:
     flat = x.x.reshape(-1, *x.x.shape[-2:])
     filters = params["w"].reshape(x.kernel, -1, params["w"].shape[-1])
     y = jax.lax.conv_general_dilated(
-        flat, filters, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
-    )
+        flat, filters, (1,), "SAME", rhs_dilation=(x.gap,),
+        dimension_numbers=("NHC", "HIO", "NHC"),
+    )  # fmt: skip
     return y.reshape(*x.x.shape[:-1], -1) + params["b"]
 
 

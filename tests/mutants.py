@@ -106,7 +106,7 @@ MUTANTS = [
          "rate = 1.0 - config.ema"),
         ("ema = optax.incremental_update(params, state.ema, rate)", "ema = params"),
         ("0.1, 1.0, config.fit_steps // 10", "1.0, 1.0, config.fit_steps // 10"),
-        ("config.p_mean + config.p_std", "-1.2 + config.p_std"),
+        ("config.p_mean + config.p_std", "-0.8 + config.p_std"),
         ("make_denoiser(state.ema, config, start,", "make_denoiser(state.params, config, start,"),
         ("denoising_loss(state.ema, key, dataset, dataset.val_starts",
          "denoising_loss(state.ema, key, dataset, dataset.train_starts"),

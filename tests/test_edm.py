@@ -290,17 +290,18 @@ def test_training_approaches_the_exact_denoiser_of_a_gaussian_process(levels):
         assert error[1] < 0.1 * error[0], (sigma, error)
 
 
-def test_convolution_and_its_gradients_equal_lax_conv():
+@pytest.mark.parametrize("gap", [1, 2, 4])
+def test_convolution_and_its_gradients_equal_lax_conv(gap):
     x = jax.random.normal(jax.random.key(0), (2, 9, 4))
     w = jax.random.normal(jax.random.key(1), (5, 4, 3))
 
     def reference(x, w):
         return jax.lax.conv_general_dilated(
-            x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            x, w, (1,), "SAME", rhs_dilation=(gap,), dimension_numbers=("NWC", "WIO", "NWC")
         )
 
     def ours(x, w):
-        return pgd.dense({"w": w.reshape(20, 3), "b": jnp.zeros(3)}, pgd.unfold(x, 5))
+        return pgd.dense({"w": w.reshape(20, 3), "b": jnp.zeros(3)}, pgd.unfold(x, 5, gap))
 
     np.testing.assert_allclose(ours(x, w), reference(x, w), atol=1e-4)
     grads = [
