@@ -44,8 +44,8 @@ EPISODES = 50  # of the final scores, per seed
 
 SMALL = "--num-seeds 8 --sample-steps 16 --hyper.hidden 128 128 --model-steps 5000"
 BODY = (
-    "--num-seeds 4 --sample-steps 16 --preset laptop --features 64 --updates 2000 "
-    "--trajectories 1024 --buffer-rounds 4 --model-steps 10000"
+    "--num-seeds 4 --sample-steps 16 --preset laptop --features 64 --hyper.hidden 128 128 "
+    "--updates 2500 --trajectories 1024 --buffer-rounds 4 --model-steps 10000"
 )
 GUIDANCE = "64"  # lambda, chosen on pendulum-random and hopper-medium-replay
 TASKS = {  # name, or name@N for the first N steps of its log -> flags
