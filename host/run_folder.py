@@ -30,6 +30,7 @@ from host.errors import UserError, printable
 from host.files import atomic_file, atomic_path, npy_header, say
 
 PACKAGES = ("jax", "jaxlib", "optax", "chex", "gymnax", "gymnasium", "mujoco", "numpy")
+FORMAT = 2  # of a checkpoint; raised where the program takes a saved state for something else
 DATASET = ("mean", "std", "action_low", "action_high")  # fields that a policy needs
 STATE, PREVIOUS, LOCK = "state.npz", "state.previous.npz", ".lock"
 OF_THE_MACHINE = (  # settings that may change when a run goes on
@@ -85,7 +86,7 @@ class RunFolder:
         leaves = {name: np.asarray(x) for name, x in named_leaves(state)}
         about = {"labels": self.labels, "history": self.history, "seconds": self.seconds}
         about |= {"fitted": fitted, "diverged": list(self.diverged.items())}
-        about |= {"of": self.identity}
+        about |= {"of": self.identity, "format": FORMAT}
         path, previous = (self.path / "checkpoint" / name for name in (STATE, PREVIOUS))
         path.parent.mkdir(parents=True, exist_ok=True)
         text = np.frombuffer(json.dumps(about).encode(), np.uint8)
@@ -363,9 +364,10 @@ def read_checkpoint(path: Path) -> Iterator[tuple[dict, Arrays]]:
     with readable(path), zipfile.ZipFile(path) as z:
         arrays = Arrays(z)
         text = arrays["about"]
-        if text.dtype != np.uint8:
+        about = json.loads(text.tobytes()) if text.dtype == np.uint8 else {}
+        if about.get("format") != FORMAT:
             raise UserError(f"{path} is of another version of this program; start the run again")
-        yield json.loads(text.tobytes()), arrays
+        yield about, arrays
 
 
 def with_tuples(x: Any) -> Any:

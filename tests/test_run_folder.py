@@ -166,6 +166,7 @@ def test_damaged_run_folders_are_one_clear_line(finished, tmp_path, capsys):
     for name, content in (("config.json", b"{}"), ("checkpoint/state.npz", b"PK\x03\x04 cut")):
         copy = tmp_path / name.replace("/", "-")
         shutil.copytree(finished, copy)
+        (copy / "checkpoint" / run_folder.PREVIOUS).unlink(missing_ok=True)  # of a slow machine
         (copy / name).write_bytes(content)
         with pytest.raises(SystemExit) as e:
             run("--resume", copy)
@@ -181,6 +182,23 @@ def test_a_config_of_another_version_is_refused_on_resume_by_its_field(finished,
     (copy / "config.json").write_text(json.dumps(about))
     said = mistake(capsys, "--resume", copy)
     assert "is of another version of this program: it has fix_start" in said
+
+
+def test_a_checkpoint_of_another_version_is_refused_wherever_it_is_read(finished, tmp_path, capsys):
+    """Its arrays may have the same shapes and mean something else."""
+    copy = tmp_path / "old"
+    shutil.copytree(finished, copy)
+    path = copy / "checkpoint" / "state.npz"
+    arrays = dict(np.load(path, allow_pickle=False))
+    about = json.loads(arrays["about"].tobytes())
+    assert about["format"] == run_folder.FORMAT
+    for old in ({"format": 1}, {}):
+        text = {k: v for k, v in about.items() if k != "format"} | old
+        np.savez(path, **arrays | {"about": np.frombuffer(json.dumps(text).encode(), np.uint8)})
+        for read in (pgd.load_policy, pgd.load_run):
+            with pytest.raises(UserError, match="state.npz is of another version of this program"):
+                read(copy)
+        assert "is of another version of this program" in mistake(capsys, "--resume", copy)
 
 
 def test_a_resumed_run_refuses_another_log(tmp_path, capsys):
