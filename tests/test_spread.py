@@ -70,7 +70,7 @@ def row(tree, i):
     [
         ("diffusion", True, "guidance 0 0.5", 1),
         ("diffusion", False, "guidance 0 0.5", 2),  # a model per seed, 1 < M < R
-        ("diffusion", False, "p_mean -1.2 0.5 eta 0 4", 4),  # per seed and p_mean
+        ("diffusion", False, "p_mean -1.2 1.5 eta 0 4", 4),  # per seed and p_mean
         ("diffusion", False, "fit_lr 0.005 0.02", 4),  # M = R
         ("world-model", False, "penalty 0 2", 2),
         ("none", True, "hyper.alpha 0.5 2.5", 1),
