@@ -18,12 +18,13 @@ def write(folder, scores: dict[int, dict[int, float]]):
 
 def test_the_table_has_the_second_half_and_pairs_the_seeds(tmp_path, capsys):
     one = write(tmp_path / "a", {100: {0: 50, 1: 50}, 200: {0: 10, 1: 30}, 300: {0: 20, 1: 40}})
-    two = write(tmp_path / "b", {200: {0: 15, 1: 35}, 300: {1: 45, 0: 25}, 400: {0: 9, 1: 9}})
+    of_two = {100: {0: 0, 1: 0}, 200: {0: 15, 1: 35}, 300: {1: 45, 0: 25}, 400: {0: 9, 1: 9}}
+    two = write(tmp_path / "b", of_two)
     out = tmp_path / "out"
     curves.study([f"log alone={one}", f"guided={two}", "--out", str(out)])
     with (out / "curves.csv").open() as f:
         first, second = csv.DictReader(f)
-    # 200 and 300 are common and after half of 300: means 15 and 35 of the seeds, then 20 and 40
+    # 100, 200 and 300 are common, the last two late: means 15 and 35 of the seeds, then 20 and 40
     assert first["score"].startswith("25.0 (") and first["above the first"] == ""
     assert second["score"].startswith("30.0 (") and second["updates"] == "300"
     assert second["above the first"] == "+5.0 (+5.0 to +5.0)"  # the same in both seeds
