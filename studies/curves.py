@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from host.errors import UserError
-from studies import figures, statistics
+from studies import figures
 from studies.common import Parser, markdown, run_study, save_table
+from studies.results import cell, difference
 
 
 def read_curve(path: Path) -> dict[int, dict[int, float]]:
@@ -54,13 +55,9 @@ def compare(curves: dict[str, dict]) -> list[dict]:
     for label, scores in means.items():
         if set(scores) != set(first):
             raise UserError(f"{label} has other seeds than the first run; use the same seeds")
-        seeds = sorted(first)
-        mean, low, high = figures.band([scores[s] for s in seeds])
-        row = {"trained on": label, "seeds": len(seeds), "updates": f"{shared[-1]:,}"}
-        row |= {"score": f"{mean:.1f} ({low:.1f} to {high:.1f})"}
-        gain = statistics.paired([scores[s] for s in seeds], [first[s] for s in seeds])
-        gained = f"{gain[0]:+.1f} ({gain[1]:+.1f} to {gain[2]:+.1f})"
-        rows.append(row | {"above the first": gained if scores is not first else ""})
+        row = {"trained on": label, "seeds": len(first), "updates": f"{shared[-1]:,}"}
+        row |= {"score": cell(list(scores.values()))}
+        rows.append(row | {"above the first": difference(scores, first) if rows else ""})
     return rows
 
 

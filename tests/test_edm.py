@@ -312,6 +312,22 @@ def test_convolution_and_its_gradients_equal_lax_conv(gap):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.parametrize("blocks, reach", [(1, 3), (2, 5), (3, 9), (4, 10)])
+def test_a_step_sees_as_far_as_the_gaps_of_the_convolutions(blocks, reach, monkeypatch):
+    """Apart from the normalisation, which sees all: 1, 2, 4, 1, ... steps on either side, and one
+    each for the first and the last convolution."""
+    monkeypatch.setattr(pgd, "group_norm", lambda x, groups: x)
+    config = pgd.Config(features=8, blocks=blocks, expansion=1)
+    params = pgd.init_unet(jax.random.key(0), 2, 2, config)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = tree.unflatten([0.5 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)])
+    first = lambda x: jnp.sum(pgd.unet(params, x, jnp.zeros(64), config)[:, 0])
+    slope = jax.grad(first)(jax.random.normal(jax.random.key(2), (64, 32, 2)))
+    seen = np.flatnonzero(np.any(np.asarray(slope) != 0, axis=(0, 2)))
+    assert seen.max() == reach
+
+
 def test_group_norm_standardises_each_group_over_time_and_channels():
     x = 3.0 + 2.0 * jax.random.normal(jax.random.key(0), (2, 10, 8))
     y = np.asarray(pgd.group_norm(x, 4)).reshape(2, 10, 4, 2)
