@@ -236,8 +236,7 @@ def uniform_task(act_dim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act_dim, levels, eta", [(1, 8, 8.0), (1, 64, 8.0),
-                                                  (3, 64, 8.0)])  # fmt: skip
+@pytest.mark.parametrize("act_dim, levels, eta", [(1, 8, 8.0), (3, 64, 8.0)])
 @pytest.mark.parametrize("mu", [0.0, 0.8])
 def test_lambda_is_the_exponent_for_uniform_actions(act_dim, levels, eta, mu):
     """E (a - mu)^2 under a unit Gaussian policy to the power lambda, per action, by quadrature."""
