@@ -481,33 +481,38 @@ def collect_in_program(task: str, policy: Callable, num: int, length: int, seed:
 
 
 def make_judge(simulator: str) -> Callable | None:
-    """Name of a simulator -> judge(obs (N, O), action (N, A)) -> next_obs (N, O).
+    """Name of a simulator -> judge(obs (N, O), action (N, A)) -> next_obs (N, O), reward (N,),
+    terminal (N,).
 
     The judge puts the simulator into the states that obs describes and steps it once, all in the
     environment's units. None if the simulator cannot be put into the state of an observation.
     """
     if simulator in BODIES:
-        return functools.partial(_mujoco_successors, simulator)
+        return functools.partial(_judge_by_mujoco, simulator)
     if simulator not in GYMNAX:
         return None
     import jax
 
     env, params, _, _ = make_gymnax(simulator)
-    _, start = env.reset_env(jax.random.key(0), params)
+    key = jax.random.key(0)  # the step itself is not random
+    _, start = env.reset_env(key, params)
 
-    def successor(obs, action):
+    def one_step(obs, action):
         state = gymnax_state(simulator, start, obs)
-        return env.step_env(jax.random.key(0), state, action, params)[0]
+        next_obs, _, reward, terminal, *_ = env.step_env(key, state, action, params)
+        return next_obs, reward, terminal
 
-    step = jax.jit(jax.vmap(successor))
-    return lambda obs, action: np.asarray(step(np.float32(obs), np.float32(action)))
+    step = jax.jit(jax.vmap(one_step))
+    return lambda obs, action: jax.tree.map(np.asarray, step(np.float32(obs), np.float32(action)))
 
 
-def _mujoco_successors(task: str, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
-    """obs (N, O), action (N, A) -> next_obs (N, O) by C MuJoCo."""
-    envs = MujocoEnvs(task, len(obs))
-    after = envs.physics(*state_from_obs(obs, envs.num_qpos), np.asarray(action, np.float64))
-    return observe(envs.body, *after)
+def _judge_by_mujoco(task: str, obs: np.ndarray, action: np.ndarray):
+    """obs (N, O), action (N, A) -> next_obs (N, O), reward (N,), terminal (N,) by C MuJoCo."""
+    envs, action = MujocoEnvs(task, len(obs)), np.asarray(action, np.float64)
+    qpos, qvel = state_from_obs(obs, envs.num_qpos)
+    after = envs.physics(qpos, qvel, action)
+    outcome = reward_and_terminal(envs.body, envs.seconds, qpos[:, 0], *after, action)
+    return observe(envs.body, *after), *outcome
 
 
 def render(task: str, obs: np.ndarray, size: int = 120) -> np.ndarray:

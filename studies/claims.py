@@ -269,8 +269,9 @@ class Judge(NamedTuple):
 
 def make_judge(session: cli.Session) -> Judge:
     """-> the log's simulator; an independent world model where it cannot be put into a state."""
-    step = envs.make_judge(session.task.simulator)
-    if step is not None:
+    judge = envs.make_judge(session.task.simulator)
+    if judge is not None:
+        step = lambda obs, action: judge(obs, action)[0]
         return Judge(step, f"simulator {session.task.simulator}")
     say(
         f"warning: no simulator for {session.task.name} can be put into a state; an independent "

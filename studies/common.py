@@ -93,3 +93,9 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     first, *others = lines
     every = [first, ["---"] * len(first), *others]
     return "\n".join("| " + " | ".join(line) + " |" for line in every)
+
+
+def markdown_of(rows: Sequence[dict]) -> str:
+    """Rows with the same keys -> a table in Markdown, numbers to four digits."""
+    text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+    return markdown([list(rows[0]), *(list(map(text, row.values())) for row in rows)])

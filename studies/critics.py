@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import agents
 import pgd
 from host.errors import UserError
-from studies.common import Parser, markdown, run_study, save_table
+from studies.common import Parser, markdown_of, run_study, save_table
 
 NUM = 4_096  # logged states
 
@@ -50,8 +50,7 @@ def study(argv: list[str]) -> None:
     parser.add_argument("--out", default="results/agents", help="folder of critics.csv")
     args = parser.parse_args(argv)
     rows = [row for run_dir in args.runs for row in critic_rows(run_dir)]
-    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
-    print(markdown([list(rows[0]), *cells]))
+    print(markdown_of(rows))
     save_table(Path(args.out) / "critics.csv", rows)
     print(f"\nsaved: {args.out}/ (critics.csv)")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from host.errors import UserError
 from studies import figures
-from studies.common import Parser, markdown, run_study, save_table
+from studies.common import Parser, markdown_of, run_study, save_table
 from studies.results import cell, difference
 
 
@@ -92,7 +92,7 @@ def study(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_table(out / "curves.csv", rows)
     draw(out / "curves.png", curves, args.title)
-    print(markdown([list(rows[0]), *([str(x) for x in row.values()] for row in rows)]))
+    print(markdown_of(rows))
     print(f"\nsaved: {out}/ (curves.png, curves.csv)")
 
 

@@ -27,7 +27,7 @@ from host import cli, flags
 from host.errors import UserError
 from host.files import say
 from studies import claims
-from studies.common import Parser, folder_of, markdown, run_study, save_table, split_flags
+from studies.common import Parser, folder_of, markdown_of, run_study, save_table, split_flags
 
 
 def adam(config: pgd.Config) -> optax.GradientTransformation:
@@ -132,8 +132,7 @@ def study(argv: list[str]) -> None:
     name = folder_of(args.task).name + (f"-{args.name}" if args.name else "")
     path = Path(args.out) / f"{name}.csv"
     save_table(path, rows)
-    shown = [[f"{x:.4g}" if isinstance(x, float) else f"{x}" for x in row.values()] for row in rows]
-    print(markdown([list(rows[0]), *shown]))
+    print(markdown_of(rows))
     print(f"saved: {path}")
 
 

@@ -110,21 +110,27 @@ def test_evaluation_through_mjx_adds_rewards_until_the_first_terminal(monkeypatc
 def test_mujoco_replays_the_published_halfcheetah_log():
     log = data.read_log(real_log("safety-halfcheetah-train.hdf5"))
     obs, action, after = (log[k][:300] for k in ("observations", "actions", "next_observations"))
-    error = ((envs.make_judge("halfcheetah")(obs, action) - after) / obs.std(0)) ** 2
-    assert error.mean() < 1e-5
+    next_obs, reward, terminal = envs.make_judge("halfcheetah")(obs, action)
+    assert (((next_obs - after) / obs.std(0)) ** 2).mean() < 1e-5
+    assert np.corrcoef(reward, log["rewards"][:300])[0, 1] > 0.999 and not terminal.any()
 
 
 @pytest.mark.parametrize("task", [*envs.GYMNAX, *envs.BODIES])
-def test_the_judge_put_into_a_collected_state_gives_the_collected_successor(task):
+def test_the_judge_put_into_a_collected_state_gives_the_collected_step(task):
     copies = envs.make_envs(task, 4)
     log = envs.collect(copies, UniformPolicy(copies.low.size), 1200, seed=3)
     obs, action, next_obs = (log[k] for k in ("observations", "actions", "next_observations"))
+    found, reward, terminal = envs.make_judge(task)(obs, action)
     limit = envs.BODIES[task].max_speed if task in envs.BODIES else np.inf
     speed = np.abs(obs).max(1) < limit  # of hopper and walker2d; faster is clipped
-    error = (envs.make_judge(task)(obs, action) - next_obs) / np.maximum(obs.std(0), 1e-3)
+    error = (found - next_obs) / np.maximum(obs.std(0), 1e-3)
     # MuJoCo's start from states rounded to single precision
     error = np.abs(error[speed])
     assert np.median(error) < 1e-4 and np.quantile(error, 0.95) < 0.02
+    error = np.abs(reward - log["rewards"])[speed]
+    assert np.median(error) < 1e-3 and np.quantile(error, 0.95) < 0.02
+    assert (terminal == log["terminals"])[speed].mean() > 0.99
+    assert log["terminals"][speed].sum() > 10 or task != "hopper"
     assert speed.sum() > 100
     assert np.abs(log["next_observations"] - log["observations"]).max() > 1e-2  # it moves
 
