@@ -65,9 +65,9 @@ class Config:
     # --- Sampler ---
     sampler: Literal["sde", "heun"] = "sde"  # sde: one call per level; heun: EDM Algorithm 2
     sample_steps: int = 16  # number of noise levels (N)
-    sigma_min: float = 0.01  # lowest noise level before 0
-    sigma_max: float = 20.0  # highest noise level
-    rho: float = 7.0  # curvature of the noise schedule (EDM equation 5)
+    sigma_min: float = 0.02  # lowest noise level before 0
+    sigma_max: float = 40.0  # highest noise level
+    rho: float = 15.0  # curvature of the noise schedule (EDM equation 5)
     eta: float = 8.0  # sde: noise re-injected per step; 1 is the reverse SDE, 0 the ODE
     order: Literal[1, 2] = 2  # sde: order of the integrator
     s_churn: float = 80.0  # heun: noise added over all steps; 0 is the deterministic sampler
@@ -317,12 +317,12 @@ def unet(params: dict, x: chex.Array, c_noise: chex.Array, config: Config) -> ch
         if level > 0:
             skips.append(h)
             h = jnp.mean(h.reshape(*h.shape[:-2], -1, 2, h.shape[-1]), axis=-2)  # half the length
-        for i, block in enumerate(blocks):  # gaps of 1, 2, 4, 1, ... steps
-            h = residual_block(block, h, emb, 2 ** (i % 3), config)
+        for i, block in enumerate(blocks):  # gaps of 1, 3, 9, 1, ... steps
+            h = residual_block(block, h, emb, 3 ** (i % 3), config)
     for blocks in reversed(params["up"]):
         h = jnp.concatenate([jnp.repeat(h, 2, axis=-2), skips.pop()], axis=-1)  # twice the length
-        for i, block in enumerate(blocks):  # gaps of 1, 2, 4, 1, ... steps
-            h = residual_block(block, h, emb, 2 ** (i % 3), config)
+        for i, block in enumerate(blocks):  # gaps of 1, 3, 9, 1, ... steps
+            h = residual_block(block, h, emb, 3 ** (i % 3), config)
     h = jax.nn.relu(group_norm(h, config.groups))
     return dense(params["out"], unfold(h, config.kernel)).astype(jnp.float32)
 

@@ -28,8 +28,8 @@ from studies import claims
 from studies.common import Parser, folder_of, markdown, run_study, save_table, split_flags
 from studies.figures import ORDER, new_figure, save_figure
 
-HEUN = {"sampler": "heun", "sigma_max": 80.0, "sigma_min": 0.002}
-SDE = {"sampler": "sde", "sigma_max": 20.0, "sigma_min": 0.01}
+HEUN = {"sampler": "heun", "sigma_max": 80.0, "sigma_min": 0.002, "rho": 7.0}
+SDE = {"sampler": "sde", "sigma_max": 20.0, "sigma_min": 0.01, "rho": 7.0}
 WIDE = SDE | {"sigma_max": 80.0}
 
 

@@ -43,7 +43,7 @@ from studies.figures import ORDER, new_figure, save_figure
 ROOT = Path(__file__).resolve().parent.parent
 OBS, ACT = 17, 6  # halfcheetah's
 LOG_SIZE = 1_000_000
-HEUN = {"sampler": "heun", "sigma_max": 80.0}
+HEUN = {"sampler": "heun", "sigma_min": 0.01, "sigma_max": 80.0, "rho": 7.0}
 
 
 # --- Measure ---
