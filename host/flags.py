@@ -87,9 +87,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "paper": dict(
         features=1_024, levels=3, blocks=1, fit_steps=1_000_000, fit_batch=32, ema=0.9995,
-        p_mean=-1.2, p_std=1.2, sampler="heun", sample_steps=256, sigma_min=0.002, sigma_max=80.0, rho=7.0,
-        guidance=1.0, guidance_rule="paper", rounds=100, updates=10_000, trajectories=8_192,
-        sample_batch=256,
+        p_mean=-1.2, p_std=1.2, sampler="heun", sample_steps=256, sigma_min=0.002, sigma_max=80.0,
+        rho=7.0, guidance=1.0, guidance_rule="paper", rounds=100, updates=10_000,
+        trajectories=8_192, sample_batch=256,
     ),
 }  # fmt: skip
 

@@ -138,7 +138,7 @@ def test_the_denoiser_is_asked_at_every_level_in_order_and_last_of_all(sampler):
 
     def denoiser(x, sigma):
         jax.debug.callback(lambda s: seen.append(float(s)), sigma, ordered=True)
-        return jnp.where(sigma < 0.02, 3.0, gaussian_denoiser(x, sigma))
+        return jnp.where(sigma < 0.021, 3.0, gaussian_denoiser(x, sigma))
 
     sigmas = pgd.noise_levels(pgd.Config(sample_steps=8))
     x = sampler(jax.random.key(0), denoiser, (4, 4, 1), sigmas, **options)
@@ -172,6 +172,21 @@ def test_stochastic_exponential_integrator_has_the_moments_of_a_gaussian(eta):
     start = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), shape))
     memory = np.corrcoef(x.ravel(), start.ravel())[0, 1]
     assert memory > 0.999 if eta == 0 else memory < 0.5  # of the noise that it set out from
+
+
+def test_the_default_sampler_keeps_the_spread_of_each_direction_of_a_gaussian():
+    """Windows of hopper's log have variances up to 179 in their principal directions, where a
+    single channel has 1. With an exact denoiser the 16 levels make none off by over a tenth."""
+    config, std = pgd.Config(), jnp.sqrt(jnp.array([150.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03]))
+    exact = lambda x, sigma: x * std**2 / (std**2 + sigma**2)
+    sample = lambda c, eta: pgd.sample_sde(
+        jax.random.key(0), exact, (40_000, 1, 8), pgd.noise_levels(c), eta
+    )
+    found = np.asarray(jax.jit(sample, static_argnums=(0, 1))(config, config.eta))[:, 0]
+    np.testing.assert_allclose(found.std(0) / std, 1.0, atol=0.11)
+    narrow = dataclasses.replace(config, sigma_max=20.0, sigma_min=0.01, rho=7.0)  # as before
+    found = np.asarray(jax.jit(sample, static_argnums=(0, 1))(narrow, config.eta))[:, 0]
+    assert np.abs(found.std(0) / std - 1.0).max() > 0.13
 
 
 def test_exponential_integrator_calls_the_denoiser_n_times_and_never_at_zero():
@@ -290,7 +305,7 @@ def test_training_approaches_the_exact_denoiser_of_a_gaussian_process(levels):
         assert error[1] < 0.1 * error[0], (sigma, error)
 
 
-@pytest.mark.parametrize("gap", [1, 2, 4])
+@pytest.mark.parametrize("gap", [1, 3, 9])
 def test_convolution_and_its_gradients_equal_lax_conv(gap):
     x = jax.random.normal(jax.random.key(0), (2, 9, 4))
     w = jax.random.normal(jax.random.key(1), (5, 4, 3))
@@ -312,9 +327,9 @@ def test_convolution_and_its_gradients_equal_lax_conv(gap):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize("blocks, reach", [(1, 3), (2, 5), (3, 9), (4, 10)])
+@pytest.mark.parametrize("blocks, reach", [(1, 3), (2, 6), (3, 15), (4, 16)])
 def test_a_step_sees_as_far_as_the_gaps_of_the_convolutions(blocks, reach, monkeypatch):
-    """Apart from the normalisation, which sees all: 1, 2, 4, 1, ... steps on either side, and one
+    """Apart from the normalisation, which sees all: 1, 3, 9, 1, ... steps on either side, and one
     each for the first and the last convolution."""
     monkeypatch.setattr(pgd, "group_norm", lambda x, groups: x)
     config = pgd.Config(features=8, blocks=blocks, expansion=1)
