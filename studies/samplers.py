@@ -2,12 +2,14 @@
 
     python -m studies.samplers pendulum-medium --num-seeds 4
     python -m studies.samplers halfcheetah-medium -- --preset laptop   # flags of the denoisers' fit
+    python -m studies.samplers gaussian -- --eta 2  # one sampler on data whose denoiser is exact
 
 Every sampler draws from the same denoisers, one per seed, without guidance and with two guidance
 weights. The target policy is TD3+BC, trained on the log. The program measures the dynamics error,
 as studies.claims does; the moments of the steps; the log-likelihood of held-out pairs of steps
 under a Gaussian with the sample's mean and covariance; and the log-likelihood of the actions under
-the target. It saves samplers.csv and samplers.png.
+the target. It saves samplers.csv and samplers.png. For `gaussian` it prints the samples' standard
+deviations over those of Gaussian data, by the variance of the data.
 """
 
 import dataclasses
@@ -21,11 +23,19 @@ import numpy as np
 
 import agents
 import pgd
-from host import cli
+from host import cli, flags
 from host.errors import UserError
 from host.progress import counted
 from studies import claims
-from studies.common import Parser, folder_of, markdown, run_study, save_table, split_flags
+from studies.common import (
+    Parser,
+    folder_of,
+    markdown,
+    markdown_of,
+    run_study,
+    save_table,
+    split_flags,
+)
 from studies.figures import ORDER, new_figure, save_figure
 
 HEUN = {"sampler": "heun", "sigma_max": 80.0, "sigma_min": 0.002, "rho": 7.0}
@@ -263,6 +273,25 @@ def table(rows: list[dict], weights: Sequence[float]) -> str:
     return markdown(lines)
 
 
+# --- An exact denoiser ---
+
+VARIANCES = (150.0, 30.0, 3.0, 1.0, 0.1, 0.01)
+
+
+def spread_of_gaussian(config: pgd.Config, num: int = 100_000) -> np.ndarray:
+    """-> standard deviations of num samples over those of Gaussian data with VARIANCES, where the
+    denoiser is exact and all that is wrong is the sampler's."""
+    variance, key = jnp.array(VARIANCES), jax.random.key(0)
+    exact = lambda x, sigma: x * variance / (variance + sigma**2)
+    args = exact, (num, 1, len(VARIANCES)), pgd.noise_levels(config)
+    if config.sampler == "heun":
+        churn = config.s_churn, config.s_tmin, config.s_tmax, config.s_noise
+        x = jax.jit(lambda key: pgd.sample_heun(key, *args, churn))(key)
+    else:
+        x = jax.jit(lambda key: pgd.sample_sde(key, *args, config.eta, config.order))(key)
+    return np.asarray(x.std((0, 1)) / jnp.sqrt(variance))
+
+
 # --- Main ---
 
 
@@ -283,6 +312,10 @@ def study(argv: list[str]) -> None:
         raise UserError("--weights must be above 0")
     if not args.task:
         raise UserError("the task has no name")
+    if args.task == "gaussian":
+        spread = spread_of_gaussian(flags.parse(given).config)
+        row = {f"{v:g}": f"{s:.2f}" for v, s in zip(VARIANCES, spread)}
+        return print(markdown_of([{"variance of the data": "deviation of samples"} | row]))
     out = Path(args.out) if args.out else folder_of(args.task)
     run_dir = claims.make_runs(args.task, out, args.num_seeds, given, ["diffusion"])[0]
     weights = [0.0, *sorted(set(args.weights))]

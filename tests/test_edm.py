@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import pgd
+from studies import samplers
 
 MU, S = 0.7, 0.5  # a Gaussian log with mean MU and standard deviation S
 
@@ -174,19 +175,17 @@ def test_stochastic_exponential_integrator_has_the_moments_of_a_gaussian(eta):
     assert memory > 0.999 if eta == 0 else memory < 0.5  # of the noise that it set out from
 
 
-def test_the_default_sampler_keeps_the_spread_of_each_direction_of_a_gaussian():
+def test_the_default_sampler_keeps_the_spread_of_each_direction_of_a_gaussian(capsys):
     """Windows of hopper's log have variances up to 179 in their principal directions, where a
-    single channel has 1. With an exact denoiser the 16 levels make none off by over a tenth."""
-    config, std = pgd.Config(), jnp.sqrt(jnp.array([150.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03]))
-    exact = lambda x, sigma: x * std**2 / (std**2 + sigma**2)
-    sample = lambda c, eta: pgd.sample_sde(
-        jax.random.key(0), exact, (40_000, 1, 8), pgd.noise_levels(c), eta
-    )
-    found = np.asarray(jax.jit(sample, static_argnums=(0, 1))(config, config.eta))[:, 0]
-    np.testing.assert_allclose(found.std(0) / std, 1.0, atol=0.11)
-    narrow = dataclasses.replace(config, sigma_max=20.0, sigma_min=0.01, rho=7.0)  # as before
-    found = np.asarray(jax.jit(sample, static_argnums=(0, 1))(narrow, config.eta))[:, 0]
-    assert np.abs(found.std(0) / std - 1.0).max() > 0.13
+    single channel has 1. With an exact denoiser, 16 levels make none off by over a tenth."""
+    found = samplers.spread_of_gaussian(pgd.Config())
+    assert np.abs(found - 1.0).max() < 0.11, found
+    former = pgd.Config(sigma_max=20.0, sigma_min=0.01, rho=7.0)
+    assert samplers.spread_of_gaussian(former).max() > 1.13
+    heun = pgd.Config(sampler="heun", sample_steps=64, s_churn=0.0)
+    assert np.abs(samplers.spread_of_gaussian(heun) - 1.0).max() < 0.05
+    samplers.study(["gaussian", "--", "--eta", "0"])
+    assert "| 150 | 30 |" in capsys.readouterr().out
 
 
 def test_exponential_integrator_calls_the_denoiser_n_times_and_never_at_zero():
