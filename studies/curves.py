@@ -67,7 +67,8 @@ def draw(path: Path, curves: dict[str, dict], title: str) -> None:
     for i, (label, curve) in enumerate(curves.items()):
         bands = [figures.band(list(scores.values())) for scores in curve.values()]
         colour = figures.COLOURS.get(label, figures.ORDER[i % 4])
-        figures.line(axes[0, 0], list(curve), bands, label, colour)
+        dash = ("-", "--", ":")[i // 4 % 3]  # of the curves that take a colour again
+        figures.line(axes[0, 0], list(curve), bands, label, colour, ls=dash)
     axes[0, 0].set(xlabel="agent updates", ylabel=figures.NAMES["score"], title=title)
     axes[0, 0].legend()
     figures.save_figure(path, figure)
