@@ -198,7 +198,7 @@ def test_a_grid_has_every_pair_of_values():
         ("guidance", "wants values"),
         ("guidance 1 1", "each once"),
         ("guidance 0 guidance 1", "named twice"),
-        ("sigma-min 0.1 30", "--sigma-min must lie between"),
+        ("sigma-min 0.1 50", "--sigma-min must lie between"),
         ("fit-lr 0.1 -1", "--fit-lr must be above 0"),
         ("s-churn 0 80", "does nothing here"),  # that is Heun's
         ("guidance 0 inf", "must be finite"),
