@@ -41,6 +41,8 @@ from studies.figures import ORDER, new_figure, save_figure
 HEUN = {"sampler": "heun", "sigma_max": 80.0, "sigma_min": 0.002, "rho": 7.0}
 SDE = {"sampler": "sde", "sigma_max": 20.0, "sigma_min": 0.01, "rho": 7.0}
 WIDE = SDE | {"sigma_max": 80.0}
+FIELDS = "sampler", "sigma_max", "sigma_min", "rho", "eta", "order"
+DEFAULT = {name: getattr(pgd.Config, name) for name in FIELDS}
 
 
 class Family(NamedTuple):
@@ -63,6 +65,7 @@ FAMILIES = {
     "SDE, eta 8, order 2, sigma_max 80": Family(
         WIDE | {"eta": 8.0, "order": 2}, (64, 32), (ORDER[1], ":")
     ),
+    "the default": Family(DEFAULT, (64, 32, 16), (ORDER[3], "-")),
 }
 REFERENCE = "stochastic Heun", 256
 LOG = "the log"

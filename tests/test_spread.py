@@ -396,7 +396,8 @@ print("one run, its batches split: as on one device")
 
 
 @pytest.mark.slow
-def test_many_devices_give_what_one_gives(num=8):
+@pytest.mark.parametrize("num", [2, 8])
+def test_many_devices_give_what_one_gives(num):
     settings = f"--xla_force_host_platform_device_count={num} " + os.environ["XLA_FLAGS"]
     env = with_devices(XLA_FLAGS=settings)
     code = "import sys; sys.path.insert(0, 'tests'); import conftest\n" + ON_DEVICES
