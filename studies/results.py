@@ -29,6 +29,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+import agents
 import data
 from host import cli, devices, envs
 from host.errors import UserError
@@ -43,40 +44,76 @@ EPISODES = 50  # of the final scores, per seed
 # --- The grid: tasks x agents x arms x seeds, in the order in which it is run ---
 
 SMALL = "--num-seeds 8 --sample-steps 16 --hyper.hidden 128 128 --model-steps 5000"
-BODY = (
+BODY = (  # half of each batch is real, as chosen on hopper-medium-replay
     "--num-seeds 4 --sample-steps 16 --preset laptop --features 64 --hyper.hidden 128 128 "
-    "--updates 2500 --trajectories 1024 --buffer-rounds 4 --model-steps 10000"
+    "--updates 2500 --trajectories 1024 --buffer-rounds 4 --real-batch 128 --model-steps 10000"
 )
 GUIDANCE = "64"  # lambda, chosen on pendulum-random and hopper-medium-replay
-TASKS = {  # name, or name@N for the first N steps of its log -> flags
+GYMNAX = {  # name, or name@N for the first N steps of its log -> flags
     "reacher-random": SMALL,
     "reacher-medium-replay": SMALL,
-    "mountaincar-continuous-random": SMALL,
-    "mountaincar-continuous-medium-replay": SMALL,
+    "reacher-random@1000": SMALL,
     "swimmer-random": SMALL,
     "swimmer-medium-replay": SMALL,
+    "mountaincar-continuous-random": SMALL,
+    "mountaincar-continuous-medium-replay": SMALL,
+    "reacher-random@10000": SMALL,
     "pendulum-random": SMALL,
     "pendulum-medium-replay": SMALL,
+}
+MUJOCO = {
     "collect:halfcheetah-random": BODY,
     "collect:halfcheetah-medium-replay": BODY,
+    "collect:walker2d-random": BODY,
     "collect:walker2d-medium-replay": BODY,
     "collect:hopper-random": BODY,
-    "pendulum-random@1000": SMALL,
-    "pendulum-random@10000": SMALL,
+    "collect:hopper-medium-replay": BODY,
 }
-AGENTS = {  # agent -> the weight against its pull to the data, its published value first
-    "td3_bc": ("alpha", (2.5, 10.0, 40.0)),
+MEDIUM = {
+    "reacher-medium": SMALL,
+    "collect:halfcheetah-medium": BODY,
+    "collect:walker2d-medium": BODY,
+    "collect:hopper-medium": BODY,
 }
-ARMS = {  # flags of a row; every row also sweeps the agent's weight
+DEVELOPMENT = {  # settings were chosen on these logs: they have a line in the tables of the tasks,
+    "pendulum-random",  # and no part in the aggregate
+    "pendulum-medium-replay",
+    "collect:hopper-medium-replay",
+}
+GRID = [  # agent and its logs, in the order in which they are run
+    ("td3_bc", GYMNAX | MUJOCO),
+    ("rebrac", MUJOCO),
+    ("td3_bc", MEDIUM),
+    ("iql", GYMNAX | {"collect:hopper-medium-replay": BODY}),
+]
+PULL = {
+    "td3_bc": "alpha",
+    "rebrac": "actor_bc",
+    "iql": "beta",
+}  # the weight of the pull to the data
+WEAKER = {
+    "td3_bc": 4.0,
+    "rebrac": 0.25,
+    "iql": 4.0,
+}  # factor on it, once and twice, for the control
+ARMS = {  # flags of a row; the log alone also sweeps the agent's weight, as the control
     "log": "--synthetic none --sweep",
     "diffusion": f"--sweep guidance 0 {GUIDANCE}",
-    "world-model": "--synthetic world-model --sweep",
+    "world-model": "--synthetic world-model",
 }
-COLUMNS = ("log alone", "unguided", "guided", "world model")  # what the rows give
+COLUMNS = ("log alone", "log alone, best weight", "unguided", "guided", "world model")
+NEEDED = ("log alone", "unguided", "guided")  # a task without one of these is not reported
 QUICK = (
     "--preset smoke --num-seeds 2 --batch-size 64 --hyper.hidden 16 16 --sample-steps 4 "
     "--model-steps 100"
 )
+
+
+def weights_of(agent: str, task: str) -> list[float]:
+    """-> the agent's published weight for the task, and two with a weaker pull to the data."""
+    log = task.partition("@")[0].removeprefix("collect:")
+    published = agents.hyperparameters(agent, log)[PULL[agent]].default
+    return [published * WEAKER[agent] ** i for i in range(3)]
 
 
 class Row(NamedTuple):
@@ -86,6 +123,7 @@ class Row(NamedTuple):
     agent: str
     arm: str
     flags: str  # those of its task
+    models: str | None = None  # the agent whose row of this task and arm has fitted the models
 
     @property
     def name(self) -> str:
@@ -93,32 +131,46 @@ class Row(NamedTuple):
 
     def command(self, folder: Path) -> list[str]:
         """-> the flags of pgd.py; `folder` holds the runs."""
-        weight, values = AGENTS[self.agent]
-        swept = f"{ARMS[self.arm]} hyper.{weight} {' '.join(map(str, values))}"
         env, _, steps = self.task.partition("@")
-        words = shlex.split(f"--env {env} --agent {self.agent} {self.flags} {swept}")
+        words = shlex.split(f"--env {env} --agent {self.agent} {self.flags} {ARMS[self.arm]}")
+        pull, weights = PULL[self.agent], weights_of(self.agent, self.task)
+        if self.arm == "log":
+            words += [f"hyper.{pull}", *map(str, weights)]
+        else:
+            words += [f"--hyper.{pull}", str(weights[0])]
         if steps:
             words += ["--dataset-path", str(shortened(self.task, folder))]
+        if self.models:
+            words += ["--denoiser", str(folder / self._replace(agent=self.models).name)]
         return [*words, "--out", str(folder / self.name)]
 
 
-def grid(tasks: dict[str, str]) -> Iterator[Row]:
-    """Tasks and their flags -> every row: all arms of a task before the next task."""
-    for agent, (task, flags) in itertools.product(AGENTS, tasks.items()):
-        for arm in ARMS:
-            yield Row(task, agent, arm, flags)
+def grid(tasks_of: Sequence[tuple[str, dict[str, str]]]) -> Iterator[Row]:
+    """Agents, each with its tasks and their flags -> every row: all arms of a task before the next
+    task. The models are those that the first agent with the task has fitted."""
+    fitted: dict[tuple, str] = {}
+    for agent, tasks in tasks_of:
+        for (task, flags), arm in itertools.product(tasks.items(), ARMS):
+            models = None if arm == "log" else fitted.get((task, arm))
+            fitted.setdefault((task, arm), agent)
+            yield Row(task, agent, arm, flags, models)
 
 
 def shortened(task: str, folder: Path) -> Path:
     """TASK@N -> the file, below `folder`, with the first N steps of the task's log."""
     name, _, steps = task.partition("@")
-    path = folder / "logs" / f"{name}-{steps}.npz"
-    if not path.exists():
+    return folder / "logs" / f"{name}-{steps}.npz"
+
+
+def shorten(task: str, folder: Path) -> None:
+    """Write the file of TASK@N, unless it is there."""
+    name, _, steps = task.partition("@")
+    path = shortened(task, folder)
+    if steps and not path.exists():
         whole = data.load(name)
         log = {key: x[: int(steps)] for key, x in whole.log.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         export(str(path), log, whole, f"the first {steps} steps of {whole.source}")
-    return path
 
 
 # --- Run a row ---
@@ -127,6 +179,7 @@ def shortened(task: str, folder: Path) -> Path:
 def run(row: Row, folder: Path) -> None:
     """Run pgd.py, or go on with it where its folder is. Raises UserError where it fails."""
     out = folder / row.name
+    shorten(row.task, folder)
     command = ["--resume", str(out)] if out.exists() else row.command(folder)
     say(f"{row.name}: python pgd.py {shlex.join(command)}")
     status = subprocess.run([sys.executable, str(ROOT / "pgd.py"), *command]).returncode
@@ -136,11 +189,12 @@ def run(row: Row, folder: Path) -> None:
         raise UserError(f"{row.name} stopped with exit status {status}; see what it said above")
 
 
-def arms_of(row: Row, label: dict) -> tuple[str, float]:
-    """A run's label -> (column, weight of the agent)."""
+def arm_of(row: Row, label: dict) -> tuple[str, float]:
+    """A run's label -> (its column, the weight of the agent)."""
     column = {"log": "log alone", "world-model": "world model"}.get(row.arm)
     column = column or ("guided" if label["guidance"] else "unguided")
-    return column, label[f"hyper.{AGENTS[row.agent][0]}"]
+    published = weights_of(row.agent, row.task)[0]
+    return column, label.get(f"hyper.{PULL[row.agent]}", published)
 
 
 def scored(row: Row, loaded: cli.Loaded, episodes: int) -> list[dict]:
@@ -155,7 +209,7 @@ def scored(row: Row, loaded: cli.Loaded, episodes: int) -> list[dict]:
     returns = cli.make_evaluate(session)(loaded.config.rounds, loaded.state.agent)
     lines = []
     for label, value, alive in zip(session.layout.labels, returns, loaded.state.round >= 0):
-        column, weight = arms_of(row, label)
+        column, weight = arm_of(row, label)
         line = {"task": row.task, "agent": row.agent, "arm": column, "weight": weight}
         line |= {"seed": label["seed"]}
         if alive:
@@ -171,7 +225,7 @@ def curves(row: Row, folder: Path) -> list[dict]:
     for line in history:
         label = {"guidance": float(line.get("guidance", 0.0))}
         label |= {k: float(v) for k, v in line.items() if k.startswith("hyper.")}
-        key = (*arms_of(row, label), int(line["updates"]))
+        key = (*arm_of(row, label), int(line["updates"]))
         if line["score"]:
             found.setdefault(key, []).append(float(line["score"]))
     lines = []
@@ -267,26 +321,38 @@ def complete(scores: dict) -> list[tuple[str, str]]:
     """-> (task, agent) of those with the log alone, unguided and guided data, in their order."""
     pairs = dict.fromkeys(key[:2] for key in scores)
     has = {key[:3] for key in scores}
-    return [p for p in pairs if all((*p, column) in has for column in COLUMNS[:3])]
+    return [p for p in pairs if all((*p, column) in has for column in NEEDED)]
 
 
-def best(scores: dict, task: str, agent: str, column: str) -> float | None:
-    """-> the agent's weight with the highest mean score; None where the column has none."""
-    weights = [w for w in AGENTS[agent][1] if (task, agent, column, w) in scores]
-    mean = lambda w: np.mean(list(scores[task, agent, column, w].values()))
-    return max(weights, key=mean, default=None)
+def best(scores: dict, task: str, agent: str) -> float:
+    """-> the agent's weight with the highest mean score on the log alone."""
+    means = {key[3]: np.mean(list(x.values())) for key, x in scores.items()
+             if key[:3] == (task, agent, "log alone")}  # fmt: skip
+    return max(means, key=means.__getitem__)
 
 
-def chosen(scores: dict, agent: str, column: str, how: str) -> dict[str, dict[int, float]]:
-    """-> {task: {seed: score}} of a column, at the "published" weight or each task's "best"."""
+def arm_and_weight(scores: dict, task: str, agent: str, column: str) -> tuple[str, float]:
+    """A column of the tables -> the arm and the agent's weight that it shows."""
+    if column == "log alone, best weight":
+        return "log alone", best(scores, task, agent)
+    return column, weights_of(agent, task)[0]
+
+
+def column_of(scores: dict, agent: str, column: str) -> dict[str, dict[int, float]]:
+    """-> {task: {seed: score}} of a column, at the published weight unless it says otherwise."""
     found = {}
     for task, other in complete(scores):
         if other == agent:
-            published = AGENTS[agent][1][0]
-            weight = published if how == "published" else best(scores, task, agent, column)
-            if (task, agent, column, weight) in scores:
-                found[task] = scores[task, agent, column, weight]
+            key = (task, agent, *arm_and_weight(scores, task, agent, column))
+            if key in scores:
+                found[task] = scores[key]
     return found
+
+
+def aggregated(scores: dict, agent: str, column: str) -> dict[str, list[float]]:
+    """-> {task: scores} of a column, without the tasks of development."""
+    found = column_of(scores, agent, column)
+    return {task: list(x.values()) for task, x in found.items() if task not in DEVELOPMENT}
 
 
 def cell(values: Sequence[float]) -> str:
@@ -295,18 +361,18 @@ def cell(values: Sequence[float]) -> str:
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
-def score_table(out: Path, scores: dict, agent: str, how: str) -> str:
-    """-> a line per task: the score in each column; at the best weight, with that weight."""
+def score_table(out: Path, scores: dict, agent: str) -> str:
+    """-> a line per task: the score in each column."""
     behaviour = {x["task"]: x["behaviour_score"] for x in read(out / "rows.csv")}
-    by_column = {column: chosen(scores, agent, column, how) for column in COLUMNS}
+    by_column = {column: column_of(scores, agent, column) for column in COLUMNS}
     lines = [["log", "its own policy", "seeds", *COLUMNS]]
     for task, seeds in by_column["log alone"].items():
         line = [task, f"{behaviour[task]:.1f}", str(len(seeds))]
         for column in COLUMNS:
             values = by_column[column].get(task)
             text = cell(list(values.values())) if values else ""
-            if values and how == "best":
-                text += f" at {best(scores, task, agent, column):g}"
+            if column == "log alone, best weight":
+                text += f" at {best(scores, task, agent):g}"
             line.append(text)
         lines.append(line)
     return markdown(lines)
@@ -319,11 +385,11 @@ def difference(x: dict[int, float], y: dict[int, float]) -> str:
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def paired_table(scores: dict, agent: str, how: str) -> str:
+def paired_table(scores: dict, agent: str) -> str:
     """-> a line per task: what guided data add, seed by seed."""
-    guided = chosen(scores, agent, "guided", how)
+    guided = column_of(scores, agent, "guided")
     others = [c for c in COLUMNS if c != "guided"]
-    of = {column: chosen(scores, agent, column, how) for column in others}
+    of = {column: column_of(scores, agent, column) for column in others}
     lines = [["log", *(f"guided less {column}" for column in others)]]
     for task, x in guided.items():
         cells = [difference(x, of[c][task]) if task in of[c] else "" for c in others]
@@ -332,40 +398,34 @@ def paired_table(scores: dict, agent: str, how: str) -> str:
 
 
 def aggregate_table(scores: dict, agent: str) -> str:
-    """-> a line per column: interquartile mean over all tasks, and how often guided data win."""
-    lines = [["trained on", "tasks", "interquartile mean, published weight", "best weight",
-              "P(guided is better), published weight", "best weight"]]  # fmt: skip
+    """-> a line per column: interquartile mean over all tasks but those of development, and how
+    often guided data win."""
+    lines = [["trained on", "tasks", "interquartile mean", "P(guided is better)"]]
+    wins = statistics.probability_of_improvement
+    guided = aggregated(scores, agent, "guided")
     for column in COLUMNS:
-        cells, tasks = {"iqm": [], "win": []}, 0
-        for how in ("published", "best"):
-            found = chosen(scores, agent, column, how)
-            values = {task: list(x.values()) for task, x in found.items()}
-            if not values:
-                break
-            tasks = len(values)
+        values = aggregated(scores, agent, column)
+        if values:
             low, high = statistics.interval_of(statistics.iqm, values)
-            cells["iqm"].append(f"{statistics.iqm(values):.1f} ({low:.1f} to {high:.1f})")
-            guided = chosen(scores, agent, "guided", how)
-            guided = {task: list(guided[task].values()) for task in values}
-            wins = statistics.probability_of_improvement
-            low, high = statistics.interval_of(wins, guided, values)
-            text = f"{wins(guided, values):.2f} ({low:.2f} to {high:.2f})"
-            cells["win"].append("" if column == "guided" else text)
-        if tasks:
-            lines.append([column, str(tasks), *cells["iqm"], *cells["win"]])
+            middle = f"{statistics.iqm(values):.1f} ({low:.1f} to {high:.1f})"
+            mine = {task: guided[task] for task in values}
+            low, high = statistics.interval_of(wins, mine, values)
+            better = f"{wins(mine, values):.2f} ({low:.2f} to {high:.2f})"
+            lines.append([column, str(len(values)), middle, better if column != "guided" else ""])
     return markdown(lines)
 
 
 def pace_table(out: Path, scores: dict, agent: str) -> str:
     """-> a line per task: after how many updates the mean of each column reaches that at the end
     on the log alone, all at the published weight."""
-    published, lines = AGENTS[agent][1][0], [["log", *COLUMNS[1:]]]
+    others = ("unguided", "guided", "world model")
+    lines = [["log", *others]]
     curves = [x for x in read(out / "curves.csv") if x["agent"] == agent]
-    for task, seeds in chosen(scores, agent, "log alone", "published").items():
+    for task, seeds in column_of(scores, agent, "log alone").items():
         goal, line = np.mean(list(seeds.values())), [task]
-        for column in COLUMNS[1:]:
+        for column in others:
             mine = [x for x in curves if (x["task"], x["arm"], x["weight"]) ==
-                    (task, column, published)]  # fmt: skip
+                    (task, column, weights_of(agent, task)[0])]  # fmt: skip
             reached = [x["updates"] for x in mine if x["mean"] >= goal]
             line.append("" if not mine else f"{min(reached):,.0f}" if reached else "never")
         lines.append(line)
@@ -374,9 +434,10 @@ def pace_table(out: Path, scores: dict, agent: str) -> str:
 
 def cost_table(out: Path) -> str:
     """-> a line per row: what it cost, and its command."""
-    lines = [["log", "row", "runs", "diverged", "minutes", "of those the fit", "on", "command"]]
+    lines = [["log", "agent", "row", "runs", "diverged", "minutes", "of those the fit", "on",
+              "command"]]  # fmt: skip
     for x in read(out / "rows.csv"):
-        lines.append([x["task"], x["row"], f"{x['runs']:.0f}", f"{x['diverged']:.0f}",
+        lines.append([x["task"], x["agent"], x["row"], f"{x['runs']:.0f}", f"{x['diverged']:.0f}",
                       f"{x['minutes']:.0f}", f"{x['minutes_fit']:.0f}", x["on"],
                       f"`{x['command']}`"])  # fmt: skip
     return markdown(lines)
@@ -386,10 +447,8 @@ def tables(out: Path) -> dict[str, str]:
     """-> {name: a table in Markdown} of everything in the csv files."""
     scores, made = table_of(out), {}
     for agent in dict.fromkeys(agent for _, agent in complete(scores)):
-        made[f"{agent}-published"] = score_table(out, scores, agent, "published")
-        made[f"{agent}-best"] = score_table(out, scores, agent, "best")
-        made[f"{agent}-paired-published"] = paired_table(scores, agent, "published")
-        made[f"{agent}-paired-best"] = paired_table(scores, agent, "best")
+        made[f"{agent}-scores"] = score_table(out, scores, agent)
+        made[f"{agent}-paired"] = paired_table(scores, agent)
         made[f"{agent}-aggregate"] = aggregate_table(scores, agent)
         made[f"{agent}-pace"] = pace_table(out, scores, agent)
     if made:
@@ -423,7 +482,7 @@ def report(out: Path, pages: Sequence[Path]) -> None:
 
 
 def draw_curves(out: Path) -> str:
-    """Learning curves at the published weight, a panel per task -> the figure's name."""
+    """Learning curves, a panel per task and agent -> the figure's name."""
     lines, scores = read(out / "curves.csv"), table_of(out)
     pairs = complete(scores)
     columns = min(4, len(pairs))
@@ -432,44 +491,42 @@ def draw_curves(out: Path) -> str:
         ax.set_axis_off()
     for ax, (task, agent) in zip(axes.flat, pairs):
         for column in COLUMNS:
-            mine = [x for x in lines if (x["task"], x["agent"], x["arm"]) == (task, agent, column)
-                    and x["weight"] == AGENTS[agent][1][0]]  # fmt: skip
+            key = (task, agent, *arm_and_weight(scores, task, agent, column))
+            mine = [x for x in lines if (x["task"], x["agent"], x["arm"], x["weight"]) == key]
             if mine:
                 bands = [(x["mean"], x["low"], x["high"]) for x in mine]
                 figures.line(ax, [x["updates"] for x in mine], bands, column)
-        ax.set(title=task, xlabel="agent updates", ylabel="normalised score")
+        ax.set(title=f"{task}, {agent}", xlabel="agent updates", ylabel="normalised score")
     axes[0, 0].legend()
     figures.save_figure(out / "curves.png", figure)
     return "curves.png"
 
 
 def draw_profiles(out: Path) -> str:
-    """Performance profiles over all tasks, at the published and the best weight -> the figure's
-    name."""
+    """Performance profiles over all tasks but those of development, a panel per agent -> the
+    figure's name."""
     scores, thresholds = table_of(out), np.linspace(-20, 120, 141)
-    figure, axes = figures.new_figure(1, 2)
-    agent = next(iter(AGENTS))
-    for ax, how in zip(axes[0], ("published", "best")):
+    names = list(dict.fromkeys(agent for _, agent in complete(scores)))
+    figure, axes = figures.new_figure(1, len(names))
+    for ax, agent in zip(axes[0], names):
         for column in COLUMNS:
-            found = chosen(scores, agent, column, how)
-            values = {task: list(x.values()) for task, x in found.items()}
+            values = aggregated(scores, agent, column)
             if values:
                 of = lambda x: statistics.profile(x, thresholds)
                 low, high = statistics.interval_of(of, values, resamples=500)
                 figures.line(ax, thresholds, np.stack([of(values), low, high], 1), column)
-        ax.set(title=f"{agent}, {how} weight", xlabel="normalised score",
-               ylabel="share of runs above it")  # fmt: skip
+        ax.set(title=agent, xlabel="normalised score", ylabel="share of runs above it")
     axes[0, 0].legend()
     figures.save_figure(out / "profiles.png", figure)
     return "profiles.png"
 
 
 def draw_sizes(out: Path) -> list[str]:
-    """Scores against the size of the log, at the published weight, a panel for each log of which
-    there are several sizes -> the figure's name, if there is one."""
+    """Scores against the size of the log, for the first agent, a panel for each log of which there
+    are several sizes -> the figure's name, if there is one."""
     steps = {x["task"]: x["steps"] for x in read(out / "rows.csv")}
-    scores, agent = table_of(out), next(iter(AGENTS))
-    found = {column: chosen(scores, agent, column, "published") for column in COLUMNS}
+    scores, agent = table_of(out), GRID[0][0]
+    found = {column: column_of(scores, agent, column) for column in COLUMNS}
     families: dict[str, list[str]] = {}
     for task in found["log alone"]:
         families.setdefault(task.partition("@")[0], []).append(task)
@@ -504,15 +561,18 @@ def study(argv: list[str]) -> None:
     if args.quick and not args.out:
         raise UserError("--quick needs --out DIR, so that it touches no result")
     out = Path(args.out or "results/study")
-    folder, tasks, pages = Path("runs/results"), TASKS, [Path("docs/results.md"), Path("README.md")]
+    folder, tasks_of = Path("runs/results"), GRID
+    pages = [Path("docs/results.md"), Path("README.md")]
     if args.quick:
         folder, pages = out / "runs", []
-        tasks = {"pendulum-random@2000": QUICK, "mountaincar-continuous-random@2000": QUICK}
+        logs = ("pendulum-random@2000", "mountaincar-continuous-random@2000")
+        tasks_of = [("td3_bc", dict.fromkeys(logs, QUICK)), ("iql", {logs[0]: QUICK})]
     elif args.out:
         pages = []
-    rows = [row for row in grid(tasks) if row.task.startswith(args.only)]
+    rows = [row for row in grid(tasks_of) if row.task.startswith(args.only)]
     if not rows:
-        raise UserError(f"no task begins with {args.only}; there are {', '.join(tasks)}")
+        known = ", ".join(dict.fromkeys(row.task for row in grid(tasks_of)))
+        raise UserError(f"no task begins with {args.only}; there are {known}")
     if args.list:
         for row in rows:
             done = "done   " if is_done(row, out) else "missing"

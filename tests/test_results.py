@@ -1,6 +1,8 @@
 """The study of scores: statistics, the grid, and tables that come from its files."""
 
+import itertools
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,20 +65,43 @@ def test_a_paired_difference_is_of_the_same_seeds():
 # --- Grid and tables ---
 
 
-def test_every_row_of_the_grid_is_a_run_that_would_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "shortened", lambda task, folder: folder / f"{task}.npz")
-    rows = list(results.grid(results.TASKS))
+def test_every_row_of_the_grid_is_a_run_that_would_start(tmp_path):
+    rows = list(results.grid(results.GRID))
     assert len({row.name for row in rows}) == len(rows)
-    tasks = [row.task for row in rows]
-    assert tasks == sorted(tasks, key=list(results.TASKS).index)  # every arm before the next task
+    blocks = [(row.agent, row.task) for row in rows]  # every arm of a task before the next task
+    assert len(list(itertools.groupby(blocks))) == len(set(blocks)) == len(rows) / 3
     for row in rows:
-        given = flags.parse(row.command(tmp_path)[:-2])
+        words = row.command(tmp_path)
+        given = flags.parse(words[:-2])
         flags.check(given)
         flags.check_agent(given, flags.sweep_points(given))
-        weight, values = results.AGENTS[row.agent]
+        weight, values = results.PULL[row.agent], results.weights_of(row.agent, row.task)
         points = flags.sweep_points(given)
-        assert {p[f"hyper.{weight}"] for p in points} == set(values)
         assert given.hyper[weight] == values[0]  # the first is the published one
+        if row.arm == "log":
+            assert {p[f"hyper.{weight}"] for p in points} == set(values)
+        elif row.arm == "diffusion":
+            assert {p["guidance"] for p in points} == {0.0, float(results.GUIDANCE)}
+
+
+def test_weights_begin_with_the_published_one_and_pull_less_and_less():
+    assert results.weights_of("td3_bc", "reacher-random@1000") == [2.5, 10.0, 40.0]
+    assert results.weights_of("iql", "pendulum-random") == [3.0, 12.0, 48.0]
+    assert results.weights_of("rebrac", "collect:halfcheetah-random") == [0.001, 0.00025, 0.0000625]
+
+
+def test_models_are_fitted_once_per_log(tmp_path):
+    """A later agent takes the models of the first, from a row that comes before its own."""
+    rows = list(results.grid(results.GRID))
+    seen, fits = set(), []
+    for row in rows:
+        words = row.command(tmp_path)
+        if "--denoiser" in words:
+            assert words[words.index("--denoiser") + 1] in seen
+        elif row.arm != "log":
+            fits.append((row.task, row.arm))
+        seen.add(str(tmp_path / row.name))
+    assert len(fits) == len(set(fits)) == 2 * len({row.task for row in rows})
 
 
 def fill(out, guided, tasks=("easy", "hard"), seeds=4):
@@ -116,25 +141,36 @@ def test_tables_come_from_the_scores(tmp_path):
     made = results.tables(tmp_path)
     interval = 3.182446 * np.std(range(4), ddof=1) / 2  # Student's t, three degrees of freedom
     at = lambda mean: f"{mean:.1f} ({mean - interval:.1f} to {mean + interval:.1f})"
-    published = cells(made["td3_bc-published"])
-    assert published["log"] == ["its own policy", "seeds", *results.COLUMNS]
-    assert published["easy"] == ["3.0", "4", at(11.5), at(16.5), at(41.5), ""]
-    best = cells(made["td3_bc-best"])
-    assert best["hard"][2:5] == [at(21.5) + " at 10", at(26.5) + " at 10", at(51.5) + " at 10"]
+    table = cells(made["td3_bc-scores"])
+    assert table["log"] == ["its own policy", "seeds", *results.COLUMNS]
+    assert table["easy"] == ["3.0", "4", at(11.5), at(21.5) + " at 10", at(16.5), at(41.5), ""]
     # Guided data add the same in every seed, so that the paired interval has no width
-    assert cells(made["td3_bc-paired-published"])["easy"][0] == "+30.0 (+30.0 to +30.0)"
+    paired = cells(made["td3_bc-paired"])["easy"]
+    assert paired == [f"+{x}.0 (+{x}.0 to +{x}.0)" for x in (30, 20, 25)] + [""]
     total = cells(made["td3_bc-aggregate"])
     assert total["log alone"][0] == "2" and total["log alone"][1].startswith("11.5 (")
-    assert total["log alone"][3] == "1.00 (1.00 to 1.00)" and total["guided"][3] == ""
+    assert total["log alone, best weight"][1].startswith("21.5 (")
+    assert total["log alone"][2] == "1.00 (1.00 to 1.00)" and total["guided"][2] == ""
     # The log alone ends at 11.5; the curves pass it after 3,000 updates
     assert cells(made["td3_bc-pace"])["easy"] == ["3,000", "3,000", ""]
+
+
+def test_a_log_of_development_has_no_part_in_the_aggregate(tmp_path, monkeypatch):
+    fill(tmp_path, guided=40)
+    monkeypatch.setattr(results, "DEVELOPMENT", {"hard"})
+    made = results.tables(tmp_path)
+    assert cells(made["td3_bc-aggregate"])["guided"][0] == "1"
+    assert "hard" in made["td3_bc-scores"]
+    monkeypatch.setattr(results, "DEVELOPMENT", {"hard", "easy"})
+    assert len(cells(results.tables(tmp_path)["td3_bc-aggregate"])) == 2  # its head alone
+    results.report(tmp_path, [])
 
 
 def test_a_worse_guide_is_reported_as_worse(tmp_path):
     fill(tmp_path, guided=0)
     made = results.tables(tmp_path)
-    assert cells(made["td3_bc-paired-published"])["hard"][1] == "-15.0 (-15.0 to -15.0)"
-    assert cells(made["td3_bc-aggregate"])["unguided"][3] == "0.00 (0.00 to 0.00)"
+    assert cells(made["td3_bc-paired"])["hard"][2] == "-15.0 (-15.0 to -15.0)"
+    assert cells(made["td3_bc-aggregate"])["unguided"][2] == "0.00 (0.00 to 0.00)"
 
 
 def test_a_task_without_all_of_its_arms_is_not_reported(tmp_path):
@@ -142,7 +178,7 @@ def test_a_task_without_all_of_its_arms_is_not_reported(tmp_path):
     half = {"task": "new", "agent": "td3_bc", "arm": "log alone", "weight": 2.5, "seed": 0}
     lines = results.read(tmp_path / "scores.csv") + [half | {"score": 1.0, "return": 0.0}]
     results.save_table(tmp_path / "scores.csv", lines)
-    assert "new" not in results.tables(tmp_path)["td3_bc-published"]
+    assert "new" not in results.tables(tmp_path)["td3_bc-scores"]
 
 
 def test_tables_go_between_their_marks_and_nowhere_else():
@@ -172,18 +208,20 @@ def test_a_second_look_at_a_row_replaces_the_first(tmp_path):
 
 @pytest.mark.slow
 def test_a_miniature_of_the_grid_resumes_and_reports(tmp_path, monkeypatch, capsys):
-    """One task: a row on the log alone and one on unguided and guided data."""
+    """One task and two agents: rows on the log alone and on unguided and guided data."""
     monkeypatch.setattr(results, "QUICK", results.QUICK + " --fit-steps 40 --fit-chunk 20")
     monkeypatch.setattr(results, "ARMS", dict(list(results.ARMS.items())[:2]))
     monkeypatch.chdir(tmp_path)
     ask = ["--quick", "--only", "pendulum", "--out", "out"]
+    results.study([*ask, "--list"])
+    assert capsys.readouterr().out.count("missing") == 4 and not Path("out").exists()
     results.study(ask)
     made = results.tables(tmp_path / "out")
-    assert "pendulum-random@2000" in made["td3_bc-published"]
-    assert "(2.5" not in made["cost"] and made["cost"].count("python pgd.py") == 2
+    assert "pendulum-random@2000" in made["td3_bc-scores"] and "iql-scores" in made
+    assert "(2.5" not in made["cost"] and made["cost"].count("python pgd.py") == 4
     assert all((tmp_path / "out" / name).stat().st_size for name in ("curves.png", "profiles.png"))
     lines = results.read(tmp_path / "out" / "scores.csv")
-    assert len(lines) == 2 * 3 * 3  # seeds, weights, and the log alone, unguided, guided
+    assert len(lines) == 2 * 2 * (3 + 2)  # agents, seeds; weights, unguided and guided
 
     # What is done is not run again; a row whose results are lost is taken from its folder
     ran = []
@@ -196,7 +234,7 @@ def test_a_miniature_of_the_grid_resumes_and_reports(tmp_path, monkeypatch, caps
         if name == "rows.csv":
             results.save_table(tmp_path / "out" / name, kept)
     results.study(ask)
-    assert ran == ["diffusion"]
+    assert ran == ["diffusion"] * 2
     same = lambda path: sorted(map(str, results.read(path)))
     assert same(tmp_path / "out" / "scores.csv") == same(tmp_path / "before-scores.csv")
 
