@@ -68,7 +68,7 @@ class Config:
     sigma_min: float = 0.02  # lowest noise level before 0
     sigma_max: float = 40.0  # highest noise level
     rho: float = 15.0  # curvature of the noise schedule (EDM equation 5)
-    eta: float = 8.0  # sde: noise re-injected per step; 1 is the reverse SDE, 0 the ODE
+    eta: float = 2.0  # sde: noise re-injected per step; 1 is the reverse SDE, 0 the ODE
     order: Literal[1, 2] = 2  # sde: order of the integrator
     s_churn: float = 80.0  # heun: noise added over all steps; 0 is the deterministic sampler
     s_tmin: float = 0.05  # heun: no churn below this noise level
@@ -80,12 +80,12 @@ class Config:
     behaviour_guidance: float = 0.0  # exponent by which a clone of the log's policy is divided out
     condition_on_start: bool = False  # generate trajectories from given first observations
     # --- Agent loop ---
-    rounds: int = 10  # number of rounds: new synthetic data, then agent updates
-    updates: int = 1_000  # agent updates per round
+    rounds: int = 40  # number of rounds: new synthetic data, then agent updates
+    updates: int = 250  # agent updates per round
     batch_size: int = 256  # transitions in each batch of the agent
     real_batch: int = 16  # real transitions in each batch of the agent
-    trajectories: int = 256  # synthetic trajectories per round
-    sample_batch: int = 128  # trajectories per sampler call
+    trajectories: int = 64  # synthetic trajectories per round
+    sample_batch: int = 64  # trajectories per sampler call
     buffer_rounds: int = 2  # rounds of synthetic data that are kept
 
 

@@ -84,6 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "laptop": dict(
         features=128, fit_steps=5_000, fit_batch=64, rounds=8, updates=5_000, trajectories=1_024,
+        sample_batch=128,
     ),
     "paper": dict(
         features=1_024, levels=3, blocks=1, fit_steps=1_000_000, fit_batch=32, ema=0.9995,
