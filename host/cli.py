@@ -494,6 +494,8 @@ def write_results(folder: run_folder.RunFolder, final: dict, quiet: bool = False
     from studies import figures
 
     final = final | {"wall_seconds": {k: round(v, 1) for k, v in folder.seconds.items()}}
+    if final["synthetic"] != "none" and "sweep" not in final:
+        final["log_alone"] = run_folder.log_alone(folder.path, final["source"])
     drawn = figures.draw_run(folder.path, folder.history, final)
     run_folder.write_json(folder.path / "final.json", final)
     if not quiet:

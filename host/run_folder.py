@@ -37,6 +37,10 @@ OF_THE_MACHINE = (  # settings that may change when a run goes on
     "out", "resume", "export", "export_steps", "devices", "distributed", "coordinator", "num_hosts",
     "host", "dataset_path", "denoiser", "offline", "track",
 )  # fmt: skip
+LOG_ALONE = Path(__file__).resolve().parent.parent / "results" / "log_alone"  # runs to compare with
+OF_THE_AGENT = (
+    "agent", "hyper", "rounds", "updates", "batch_size", "reward_shift", "reward_scale", "judge",
+)  # fmt: skip
 OWN = ("config.json", "metrics.csv", "final.json", "curve.png", "sweep.png", STATE)
 
 
@@ -498,6 +502,18 @@ def summarise(
     return whole | {"guidance": None} if "guidance" in points[0] else whole
 
 
+def log_alone(path: Path, source: str) -> dict | None:
+    """A run's folder and its log -> seeds, returns, mean score and interval of the shipped run of
+    the same agent on that log alone, with as many updates; None where results/ has none."""
+    config = read_config(path)[0]
+    for other in sorted(LOG_ALONE.glob("*/config.json")):
+        there = read_config(other.parent)[0]
+        final = json.loads((other.parent / "final.json").read_text())
+        if final["source"] == source and all(there.get(k) == config[k] for k in OF_THE_AGENT):
+            return {key: final[key] for key in ("seeds", "returns", "mean", "ci95")}
+    return None
+
+
 def results(rows: list[dict], validation: dict) -> dict:
     """Last rows of some runs -> returns and scores of each, their mean and interval, and means of
     the other measures."""
@@ -571,6 +587,10 @@ def table(final: dict) -> str:
         lines.append(
             f"  diverged: {named({k: v for k, v in label.items() if k != 'what'})}: {what}"
         )
+    if alone := final.get("log_alone"):
+        of = f"the log alone, mean of {len(alone['seeds'])} seeds"
+        mean = float(np.mean(alone["returns"]))
+        lines.append(f"  {of:<36}{mean:>10.1f}{number(alone['mean']):>10}{ends(alone)}")
     behaviour = final["behaviour_return"]
     lines.append(
         f"  {'behaviour policy of the log':<36}{behaviour:>10.1f}"

@@ -15,7 +15,7 @@ from conftest import toy_log
 import agents
 import data
 import pgd
-from host import cli, run_folder
+from host import cli, flags, run_folder
 from host.errors import UserError
 from host.progress import Progress, counted
 from studies import figures
@@ -358,6 +358,44 @@ def test_a_measure_that_cannot_be_computed_is_null(tmp_path):
     run_folder.write_json(tmp_path / "final.json", final)
     assert final["sweep"][0]["validation_error"] == pytest.approx(0.1)
     assert "-" in run_folder.table(final).splitlines()[-4]
+
+
+def test_a_run_is_compared_with_the_same_agent_on_the_same_log_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOG_ALONE", tmp_path / "shipped")
+    config = flags.parse(["--updates", "7"]).as_dict()
+
+    def write(path, config, final=None):
+        path.mkdir(parents=True)
+        data = {"config": config, "data": {"fingerprint": "0"}}
+        run_folder.write_json(path / "config.json", data)
+        run_folder.write_json(path / "final.json", final or {})
+
+    shipped = {"source": "a log", "seeds": [0, 1], "returns": [1.0, 4.0], "mean": 12.0,
+               "ci95": [8.0, 16.0], "env": "toy"}  # fmt: skip
+    alone = config | {"synthetic": "none", "real_batch": 256, "seed": 5, "num_seeds": 2}
+    write(tmp_path / "shipped" / "toy", alone, shipped)
+    write(tmp_path / "run", config)
+    found = run_folder.log_alone(tmp_path / "run", "a log")
+    assert found == {k: shipped[k] for k in ("seeds", "returns", "mean", "ci95")}
+    assert run_folder.log_alone(tmp_path / "run", "another log") is None
+    for name, value in [("updates", 8), ("agent", "iql"), ("hyper", config["hyper"] | {"lr": 1.0})]:
+        write(tmp_path / name, config | {name: value})
+        assert run_folder.log_alone(tmp_path / name, "a log") is None
+
+    history = rows([{"seed": 0}], log_prob_real=-1.0)
+    final = run_folder.summarise(history, [{"seed": 0}], ABOUT, {}) | {"wall_seconds": {}}
+    line = "the log alone, mean of 2 seeds             2.5      12.0   95 % interval 8.0 to 16.0"
+    assert line in run_folder.table(final | {"log_alone": found})
+    assert "log alone" not in run_folder.table(final | {"log_alone": None})
+
+
+def test_the_default_run_has_a_shipped_comparison():
+    ours = run_folder.with_tuples(json.loads(json.dumps(flags.parse([]).as_dict())))
+    there, _ = run_folder.read_config(run_folder.LOG_ALONE / flags.DEFAULT_ENV)
+    assert {k: there[k] for k in run_folder.OF_THE_AGENT} == {
+        k: ours[k] for k in run_folder.OF_THE_AGENT
+    }
+    assert there["synthetic"] == "none" and there["num_seeds"] == 8
 
 
 @pytest.mark.parametrize(
