@@ -476,9 +476,12 @@ def describe(session: Session) -> run_folder.About:
     guidance = config.guidance if job.synthetic == "diffusion" else None
     shift, scale = reward_units(job)
     rewards = None if (shift, scale) == (0, 1) else f"(reward {shift:+g}) x {scale:g}"
+    compared = job.synthetic != "none" and not job.sweep
+    settings = session.flags.as_dict()
     return run_folder.About(
         task.name, config.agent, job.synthetic, score, task.behaviour_return, task.source, guidance,
         job.preset, denoisers, session.flags.hyper, rewards,
+        run_folder.log_alone(settings, task.source) if compared else None,
     )  # fmt: skip
 
 
@@ -494,8 +497,6 @@ def write_results(folder: run_folder.RunFolder, final: dict, quiet: bool = False
     from studies import figures
 
     final = final | {"wall_seconds": {k: round(v, 1) for k, v in folder.seconds.items()}}
-    if final["synthetic"] != "none" and "sweep" not in final:
-        final["log_alone"] = run_folder.log_alone(folder.path, final["source"])
     drawn = figures.draw_run(folder.path, folder.history, final)
     run_folder.write_json(folder.path / "final.json", final)
     if not quiet:

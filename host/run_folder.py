@@ -471,6 +471,7 @@ class About(NamedTuple):
     denoisers: str | None  # how many there are, and of which seeds
     hyper: dict
     rewards: str | None  # how the log's rewards were changed; None: they were not
+    log_alone: dict | None = None  # of log_alone()
 
 
 def summarise(
@@ -502,14 +503,13 @@ def summarise(
     return whole | {"guidance": None} if "guidance" in points[0] else whole
 
 
-def log_alone(path: Path, source: str) -> dict | None:
-    """A run's folder and its log -> seeds, returns, mean score and interval of the shipped run of
-    the same agent on that log alone, with as many updates; None where results/ has none."""
-    config = read_config(path)[0]
-    for other in sorted(LOG_ALONE.glob("*/config.json")):
-        there = read_config(other.parent)[0]
-        final = json.loads((other.parent / "final.json").read_text())
-        if final["source"] == source and all(there.get(k) == config[k] for k in OF_THE_AGENT):
+def log_alone(config: dict, source: str) -> dict | None:
+    """Settings of a run, and its log -> seeds, returns, mean score and interval of the shipped run
+    of the same agent on that log alone, with as many updates; None where results/ has none."""
+    for path in sorted(LOG_ALONE.glob("*/final.json")):
+        final = json.loads(path.read_text())
+        there = read_config(path.parent)[0] if final["source"] == source else {}
+        if there and all(there.get(name) == config[name] for name in OF_THE_AGENT):
             return {key: final[key] for key in ("seeds", "returns", "mean", "ci95")}
     return None
 
