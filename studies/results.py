@@ -86,16 +86,9 @@ GRID = [  # agent and its logs, in the order in which they are run
     ("td3_bc", MEDIUM),
     ("iql", GYMNAX | {"collect:hopper-medium-replay": BODY}),
 ]
-PULL = {
-    "td3_bc": "alpha",
-    "rebrac": "actor_bc",
-    "iql": "beta",
-}  # the weight of the pull to the data
-WEAKER = {
-    "td3_bc": 4.0,
-    "rebrac": 0.25,
-    "iql": 4.0,
-}  # factor on it, once and twice, for the control
+# The weight of an agent's pull to the data, and by how much the control makes it weaker, twice
+PULL = {"td3_bc": "alpha", "rebrac": "actor_bc", "iql": "beta"}
+WEAKER = {"td3_bc": 4.0, "rebrac": 0.25, "iql": 4.0}
 ARMS = {  # flags of a row; the log alone also sweeps the agent's weight, as the control
     "log": "--synthetic none --sweep",
     "diffusion": f"--sweep guidance 0 {GUIDANCE}",
@@ -123,7 +116,7 @@ class Row(NamedTuple):
     agent: str
     arm: str
     flags: str  # those of its task
-    models: str | None = None  # the agent whose row of this task and arm has fitted the models
+    models: str | None = None  # the agent whose row of this task and arm fits the same models
 
     @property
     def name(self) -> str:
@@ -140,8 +133,9 @@ class Row(NamedTuple):
             words += [f"--hyper.{pull}", str(weights[0])]
         if steps:
             words += ["--dataset-path", str(shortened(self.task, folder))]
-        if self.models:
-            words += ["--denoiser", str(folder / self._replace(agent=self.models).name)]
+        fitted = folder / self._replace(agent=self.models).name
+        if self.models and (fitted / "final.json").exists():  # else it fits its own
+            words += ["--denoiser", str(fitted)]
         return [*words, "--out", str(folder / self.name)]
 
 
