@@ -387,6 +387,19 @@ def test_a_run_is_compared_with_the_same_agent_on_the_same_log_alone(tmp_path, m
     assert "log alone" not in run_folder.table(final | {"log_alone": None})
 
 
+@pytest.mark.slow
+def test_a_finished_run_shows_the_shipped_one(tmp_path, monkeypatch, capsys, finished):
+    monkeypatch.setattr(run_folder, "LOG_ALONE", tmp_path)
+    alone = tmp_path / "pendulum"
+    run("--env", "pendulum-medium", *ALONE, "--num-seeds", 3, "--out", alone)
+    assert read_final(alone)["log_alone"] is None
+    shutil.copytree(finished, tmp_path / "run")
+    capsys.readouterr()
+    run("--resume", tmp_path / "run")
+    assert "the log alone, mean of 3 seeds" in capsys.readouterr().out
+    assert read_final(tmp_path / "run")["log_alone"]["mean"] == read_final(alone)["mean"]
+
+
 def test_the_default_run_has_a_shipped_comparison():
     ours = run_folder.with_tuples(json.loads(json.dumps(flags.parse([]).as_dict())))
     there, _ = run_folder.read_config(run_folder.LOG_ALONE / flags.DEFAULT_ENV)
