@@ -240,7 +240,7 @@ def about(row: Row, folder: Path, loaded: cli.Loaded) -> dict:
     on = f"{cores} CPU cores" if device.platform == "cpu" else device.device_kind
     return {
         "task": row.task, "agent": row.agent, "row": row.arm,
-        "command": f"python pgd.py {shlex.join(row.command(Path('runs/results')))}",
+        "command": f"python pgd.py {shlex.join(row.command(folder))}",
         "log": final["source"], "steps": len(loaded.dataset.steps),
         "behaviour_score": final["behaviour_score"],
         "runs": len(final["seeds"]), "diverged": len(final["diverged"]),
@@ -380,13 +380,12 @@ def difference(x: dict[int, float], y: dict[int, float]) -> str:
 
 
 def paired_table(scores: dict, agent: str) -> str:
-    """-> a line per task: what guided data add, seed by seed."""
-    guided = column_of(scores, agent, "guided")
-    others = [c for c in COLUMNS if c != "guided"]
-    of = {column: column_of(scores, agent, column) for column in others}
-    lines = [["log", *(f"guided less {column}" for column in others)]]
-    for task, x in guided.items():
-        cells = [difference(x, of[c][task]) if task in of[c] else "" for c in others]
+    """-> a line per task: what guided data add, seed by seed, and what unguided data do."""
+    of = {column: column_of(scores, agent, column) for column in COLUMNS}
+    pairs = [("unguided", "log alone"), *(("guided", c) for c in COLUMNS if c != "guided")]
+    lines = [["log", *(f"{x} less {y}" for x, y in pairs)]]
+    for task in of["guided"]:
+        cells = [difference(of[x][task], of[y][task]) if task in of[y] else "" for x, y in pairs]
         lines.append([task, *cells])
     return markdown(lines)
 

@@ -150,7 +150,7 @@ def test_tables_come_from_the_scores(tmp_path):
     assert table["easy"] == ["3.0", "4", at(11.5), at(21.5) + " at 10", at(16.5), at(41.5), ""]
     # Guided data add the same in every seed, so that the paired interval has no width
     paired = cells(made["td3_bc-paired"])["easy"]
-    assert paired == [f"+{x}.0 (+{x}.0 to +{x}.0)" for x in (30, 20, 25)] + [""]
+    assert paired == [f"+{x}.0 (+{x}.0 to +{x}.0)" for x in (5, 30, 20, 25)] + [""]
     total = cells(made["td3_bc-aggregate"])
     assert total["log alone"][0] == "2" and total["log alone"][1].startswith("11.5 (")
     assert total["log alone, best weight"][1].startswith("21.5 (")
@@ -173,7 +173,7 @@ def test_a_log_of_development_has_no_part_in_the_aggregate(tmp_path, monkeypatch
 def test_a_worse_guide_is_reported_as_worse(tmp_path):
     fill(tmp_path, guided=0)
     made = results.tables(tmp_path)
-    assert cells(made["td3_bc-paired"])["hard"][2] == "-15.0 (-15.0 to -15.0)"
+    assert cells(made["td3_bc-paired"])["hard"][3] == "-15.0 (-15.0 to -15.0)"
     assert cells(made["td3_bc-aggregate"])["unguided"][2] == "0.00 (0.00 to 0.00)"
 
 
@@ -223,6 +223,7 @@ def test_a_miniature_of_the_grid_resumes_and_reports(tmp_path, monkeypatch, caps
     made = results.tables(tmp_path / "out")
     assert "pendulum-random@2000" in made["td3_bc-scores"] and "iql-scores" in made
     assert "(2.5" not in made["cost"] and made["cost"].count("python pgd.py") == 4
+    assert made["cost"].count("--denoiser out/runs/pendulum-random@2000/td3_bc/diffusion") == 1
     assert all((tmp_path / "out" / name).stat().st_size for name in ("curves.png", "profiles.png"))
     lines = results.read(tmp_path / "out" / "scores.csv")
     assert len(lines) == 2 * 2 * (3 + 2)  # agents, seeds; weights, unguided and guided
