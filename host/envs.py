@@ -493,17 +493,43 @@ def make_judge(simulator: str) -> Callable | None:
         return None
     import jax
 
-    env, params, _, _ = make_gymnax(simulator)
-    key = jax.random.key(0)  # the step itself is not random
-    _, start = env.reset_env(key, params)
+    env, params, state_of = _gymnax_states(simulator)
 
-    def one_step(obs, action):
-        state = gymnax_state(simulator, start, obs)
-        next_obs, _, reward, terminal, *_ = env.step_env(key, state, action, params)
+    def one_step(obs, action):  # the step itself is not random
+        out = env.step_env(jax.random.key(0), state_of(obs), action, params)
+        next_obs, _, reward, terminal, *_ = out
         return next_obs, reward, terminal
 
     step = jax.jit(jax.vmap(one_step))
     return lambda obs, action: jax.tree.map(np.asarray, step(np.float32(obs), np.float32(action)))
+
+
+def make_readback(simulator: str) -> Callable | None:
+    """Name of a simulator -> readback(obs (N, O)) -> (N, O), in the environment's units: what the
+    simulator observes in the states that obs describes.
+
+    It differs from obs where no state has this observation, such as a cosine and a sine whose
+    squares do not add up to 1. None where make_judge gives None.
+    """
+    if simulator in BODIES:
+        body, model = load_body(simulator)
+        return lambda obs: observe(body, *state_from_obs(obs, model.nq))
+    if simulator not in GYMNAX:
+        return None
+    import jax
+
+    env, params, state_of = _gymnax_states(simulator)
+    read = jax.jit(jax.vmap(lambda obs: env.get_obs(state_of(obs), params)))
+    return lambda obs: np.asarray(read(np.float32(obs)))
+
+
+def _gymnax_states(task: str):
+    """-> the task's environment and parameters, and a function obs (O,) -> state."""
+    import jax
+
+    env, params, _, _ = make_gymnax(task)
+    _, start = env.reset_env(jax.random.key(0), params)
+    return env, params, lambda obs: gymnax_state(task, start, obs)
 
 
 def _judge_by_mujoco(task: str, obs: np.ndarray, action: np.ndarray):

@@ -6,10 +6,11 @@
 
 5000x16 are 5,000 steps of 16 windows; 5000 alone takes the batch of the run. For each of these and
 each optimiser a denoiser is fitted from the start, since the learning rate falls to 0 over the
-steps. The table has its held-out loss, and three measures of 2,048 unguided trajectories: the
-dynamics error (see docs/claims.md), the spread, which is the standard deviation of observations
-divided by that of logged windows, and the share of trajectories that reach a terminal. It goes into
-results/fits/TASK.csv, or TASK-NAME.csv. Flags of pgd.py follow a --.
+steps. The table has its held-out loss, and four measures of 2,048 unguided trajectories: the
+dynamics error (see docs/claims.md), the distance of observations to what the simulator reads back
+in their states, in units of the log's variance, the spread, which is the standard deviation of
+observations divided by that of logged windows, and the share of trajectories that reach a terminal.
+It goes into results/fits/TASK.csv, or TASK-NAME.csv. Flags of pgd.py follow a --.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import numpy as np
 import optax
 
 import pgd
-from host import cli, flags
+from host import cli, envs, flags
 from host.errors import UserError
 from host.files import say
 from studies import claims
@@ -73,7 +74,12 @@ def quality(session: cli.Session, config: pgd.Config, state, judge, seed: int) -
     error = error[np.isfinite(error)]
     spread = lambda x: x[..., : dataset.obs_dim].std(axis=(0, 1))
     ended = lambda x: float(np.asarray(dataset.split(x).done).any(axis=1).mean())
-    return {
+    found = {}
+    if readback := envs.make_readback(session.task.simulator):
+        mean, std = claims.obs_scale(dataset)
+        obs = x[..., : dataset.obs_dim].reshape(-1, dataset.obs_dim) * std + mean
+        found = {"obs_error": float(np.mean(((readback(obs) - obs) / std) ** 2))}
+    return found | {
         "error_mean": error.mean(), "error_median": np.median(error),
         "spread": float(np.mean(spread(x) / spread(log))),
         "terminal": ended(x), "terminal_in_log": ended(log),

@@ -4,10 +4,13 @@
 
 RUN_DIR is a finished run of the diffusion model. The denoiser of each seed makes unguided
 trajectories. The simulator is put into each of their states, takes the synthetic action, and says
-what the next observation, the reward and the terminal should have been. The run's agent is then
-trained anew on the trajectories as they are, on copies in which the truth replaces one of the three
-or all, and on as many windows of the log; batches have no other transitions. Where all three are
-true, what is left of the distance to the log is due to which states and actions are sampled.
+what the next observation, the reward and the terminal should have been, and which observation it
+has in that state. The two differ where no state has the synthetic observation: its distance to what
+the simulator reads back is the error `obs`. The run's agent is then trained anew on the
+trajectories as they are, on copies in which the truth replaces one part, all three that follow the
+action, or the observation as well, and on as many windows of the log; batches have no other
+transitions. Where all is true, what is left of the distance to the log is due to which states and
+actions are sampled.
 
 The table has the score over the second half of the updates, and the difference to the log, seed by
 seed. It is saved as scores.csv, the errors of the trajectories as errors.csv, the learning curves
@@ -16,7 +19,7 @@ as curves.png.
 
 import dataclasses
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -38,6 +41,7 @@ PARTS = {  # label -> what the simulator replaces
     "true next observations": ("next_obs",),
     "true terminals": ("done",),
     "all three true": ("reward", "next_obs", "done"),
+    "true observations too": ("obs", "reward", "next_obs", "done"),
 }
 
 
@@ -58,18 +62,18 @@ def from_log(run: cli.Loaded, index: int, num: int) -> pgd.Transition:
     return pgd.trajectories_to_transitions(dataset, x)
 
 
-def truth_of(run: cli.Loaded, t: pgd.Transition, step: Callable) -> pgd.Transition:
-    """-> t with the simulator's next observations, rewards and terminals, where those are finite.
-
-    step: obs (S, O), action (S, A) -> next_obs, reward, terminal, in the environment's units.
-    """
+def truth_of(run: cli.Loaded, t: pgd.Transition) -> pgd.Transition:
+    """-> t with the simulator's observations, next observations, rewards and terminals, where those
+    are finite."""
+    simulator = run.session.task.simulator
     mean, std = claims.obs_scale(run.dataset)
-    action = np.asarray(run.dataset.unscale_action(t.action))
-    next_obs, reward, terminal = step(np.asarray(t.obs) * std + mean, action)
+    obs, action = np.asarray(t.obs) * std + mean, np.asarray(run.dataset.unscale_action(t.action))
+    next_obs, reward, terminal = envs.make_judge(simulator)(obs, action)
     shift, scale = cli.reward_units(run.session.flags.job)
     known = np.isfinite(next_obs).all(-1) & np.isfinite(reward)
     keep = lambda new, old: jnp.where(known.reshape(-1, *[1] * (old.ndim - 1)), new, old)
     return t._replace(
+        obs=keep(np.float32((envs.make_readback(simulator)(obs) - mean) / std), t.obs),
         next_obs=keep(np.float32((next_obs - mean) / std), t.next_obs),
         reward=keep(np.float32((reward + shift) * scale), t.reward),
         done=keep(np.float32(terminal), t.done),
@@ -87,12 +91,14 @@ def with_truth(t: pgd.Transition, truth: pgd.Transition, parts: Sequence[str]) -
 
 
 def errors_of(t: pgd.Transition, truth: pgd.Transition) -> dict[str, float]:
-    """-> errors of synthetic transitions; terminals as shares of the true, and of the synthetic."""
+    """-> errors of synthetic transitions: mean squares, those of observations in units of the log's
+    variance; missed terminals as a share of the true ones, false ones of the synthetic."""
     going = t.done == 0
     share = lambda part, whole: float(jnp.sum(part * whole) / jnp.maximum(jnp.sum(whole), 1.0))
     square = jnp.mean((t.next_obs - truth.next_obs) ** 2, axis=-1)[going]
     reward = (t.reward - truth.reward) ** 2
     return {
+        "obs": float(jnp.mean((t.obs - truth.obs) ** 2)),
         "next_obs_mean": float(square.mean()), "next_obs_median": float(jnp.median(square)),
         "reward": float(reward.mean() / jnp.var(truth.reward)),
         "terminals": float(t.done.sum()), "true_terminals": float(truth.done.sum()),
@@ -127,17 +133,15 @@ def train(run: cli.Loaded, data: Sequence[pgd.Transition], name: str) -> dict:
     return curve
 
 
-def check(run: cli.Loaded, folder: str) -> Callable:
-    """-> step of truth_of. Raises UserError for a run that cannot be studied."""
+def check(run: cli.Loaded, folder: str) -> None:
+    """Raise UserError for a run that cannot be studied."""
     job, task = run.session.flags.job, run.session.task
     if job.synthetic != "diffusion":
         raise UserError(f"{folder} has no diffusion model; give a run with --synthetic diffusion")
     if run.session.layout.num_runs != run.config.num_seeds:
         raise UserError(f"{folder} is a sweep; give a run with one value of every setting")
-    step = envs.make_judge(task.simulator)
-    if step is None or task.reference is None:
+    if envs.make_judge(task.simulator) is None or task.reference is None:
         raise UserError(f"no simulator of {task.name} can be put into a state and give a score")
-    return step
 
 
 def study(argv: list[str]) -> None:
@@ -150,7 +154,8 @@ def study(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, help="folder of the tables and the figure")
     args = parser.parse_args(argv)
     run = cli.load_run(args.run)
-    step, config = check(run, args.run), run.config
+    check(run, args.run)
+    config = run.config
     length = {"rounds": args.rounds or config.rounds, "updates": args.updates or config.updates}
     if min(args.num, *length.values()) < 1 or args.num % config.sample_batch:
         raise UserError(
@@ -163,7 +168,7 @@ def study(argv: list[str]) -> None:
     seeds = range(config.num_seeds)
     say(f"{args.num} trajectories of each of {len(seeds)} seeds")
     made = [make_synthetic(run, i, args.num) for i in seeds]
-    truth = [truth_of(run, t, step) for t in made]
+    truth = [truth_of(run, t) for t in made]
     errors = [{"seed": config.seed + i} | errors_of(made[i], truth[i]) for i in seeds]
     sources = {LOG: [from_log(run, i, args.num) for i in seeds]}
     for label, parts in PARTS.items():

@@ -133,10 +133,22 @@ def test_the_judge_put_into_a_collected_state_gives_the_collected_step(task):
     assert log["terminals"][speed].sum() > 10 or task != "hopper"
     assert speed.sum() > 100
     assert np.abs(log["next_observations"] - log["observations"]).max() > 1e-2  # it moves
+    np.testing.assert_allclose(envs.make_readback(task)(obs), obs, atol=1e-5)
+
+
+def test_an_observation_of_no_state_is_read_back_as_that_of_the_nearest():
+    off = np.array([[3.0, -4.0, 0.5]])
+    np.testing.assert_allclose(envs.make_readback("pendulum")(off), [[0.6, -0.8, 0.5]], atol=1e-6)
+    off = np.array([[3.0, 0.0, 4.0, 2.0, 0.1, 0.2, 0.3, 0.4]])  # cosines, sines, speeds, goal
+    on = [[0.6, 0.0, 0.8, 1.0, 0.1, 0.2, 0.3, 0.4]]
+    np.testing.assert_allclose(envs.make_readback("reacher")(off), on, atol=1e-6)
+    fast = np.full((1, 11), 20.0)  # hopper's observations have speeds of 10 at most
+    assert envs.make_readback("hopper")(fast).tolist() == [[20.0] * 5 + [10.0] * 6]
 
 
 def test_a_simulator_that_takes_no_state_is_no_judge():
     assert envs.make_judge("door") is None and envs.make_judge(None) is None
+    assert envs.make_readback("door") is None and envs.make_readback(None) is None
 
 
 @pytest.mark.parametrize("task", ["pendulum", "pendulum in a program", "halfcheetah", "hopper"])

@@ -25,6 +25,7 @@ def test_a_miniature_has_a_row_per_optimiser_and_number_of_steps(tmp_path, capsy
     assert all(loss[name, "60"] < loss[name, "20"] for name in fits.OPTIMISERS)
     assert len(set(loss.values())) == 6  # each was used
     assert all(np.isfinite(float(r["error_mean"])) for r in rows)
+    assert all(0.0 < float(r["obs_error"]) < 1.0 for r in rows)
     assert all(0.2 < float(r["spread"]) < 2.0 for r in rows)
     assert "| muon | 60 | 8 |" in capsys.readouterr().out
 

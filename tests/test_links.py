@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pgd
-from host import cli, envs
+from host import cli
 from studies import links
 
 SMALL = (
@@ -18,35 +18,38 @@ SMALL = (
 ).split()
 
 
-def transitions(done, next_obs, reward):
+def transitions(done, next_obs, reward, obs=0.0):
     """Transitions of one observation and one action."""
     done, next_obs, reward = (jnp.float32(x) for x in (done, next_obs, reward))
     zero = jnp.zeros((done.size, 1))
-    return pgd.Transition(zero, zero, reward, done, next_obs[:, None], zero)
+    return pgd.Transition(zero + obs, zero, reward, done, next_obs[:, None], zero)
 
 
 MADE = transitions([0, 0, 1, 1], [1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0])
-TRUTH = transitions([0, 1, 1, 0], [1.0, 9.0, 9.0, 6.0], [1.0, -1.0, 1.0, -1.0])
+TRUTH = transitions([0, 1, 1, 0], [1.0, 9.0, 9.0, 6.0], [1.0, -1.0, 1.0, -1.0], obs=0.5)
 
 
 @pytest.mark.parametrize(
-    "label, next_obs, reward, done",
+    "label, obs, next_obs, reward, done",
     [
-        ("synthetic", [1, 2, 3, 4], [0, 0, 0, 0], [0, 0, 1, 1]),
-        ("true rewards", [1, 2, 3, 4], [1, -1, 1, -1], [0, 0, 1, 1]),
-        ("true next observations", [1, 9, 9, 6], [0, 0, 0, 0], [0, 0, 1, 1]),
-        ("true terminals", [1, 2, 3, 6], [0, 0, 0, 0], [0, 1, 1, 0]),  # the last goes on
-        ("all three true", [1, 9, 9, 6], [1, -1, 1, -1], [0, 1, 1, 0]),
+        ("synthetic", 0, [1, 2, 3, 4], [0, 0, 0, 0], [0, 0, 1, 1]),
+        ("true rewards", 0, [1, 2, 3, 4], [1, -1, 1, -1], [0, 0, 1, 1]),
+        ("true next observations", 0, [1, 9, 9, 6], [0, 0, 0, 0], [0, 0, 1, 1]),
+        ("true terminals", 0, [1, 2, 3, 6], [0, 0, 0, 0], [0, 1, 1, 0]),  # the last goes on
+        ("all three true", 0, [1, 9, 9, 6], [1, -1, 1, -1], [0, 1, 1, 0]),
+        ("true observations too", 0.5, [1, 9, 9, 6], [1, -1, 1, -1], [0, 1, 1, 0]),
     ],
 )
-def test_each_part_is_replaced_and_nothing_else(label, next_obs, reward, done):
+def test_each_part_is_replaced_and_nothing_else(label, obs, next_obs, reward, done):
     t = links.with_truth(MADE, TRUTH, links.PARTS[label])
+    assert t.obs[:, 0].tolist() == [obs] * 4
     assert t.next_obs[:, 0].tolist() == next_obs
     assert t.reward.tolist() == reward and t.done.tolist() == done
 
 
 def test_errors_of_known_mistakes():
     e = links.errors_of(MADE, TRUTH)
+    assert e["obs"] == pytest.approx(0.25)
     assert e["next_obs_mean"] == pytest.approx((0 + 49) / 2)  # of the two that go on
     assert e["reward"] == pytest.approx(1.0)  # as wrong as the mean
     assert (e["terminals"], e["true_terminals"]) == (2, 2)
@@ -66,13 +69,14 @@ def folder(tmp_path_factory):
 def test_logged_transitions_are_their_own_truth(folder):
     run = cli.load_run(folder)
     t = links.from_log(run, 0, 64)
-    e = links.errors_of(t, links.truth_of(run, t, envs.make_judge("pendulum")))
-    assert e["next_obs_mean"] < 1e-6 and e["reward"] < 1e-6 and e["terminals"] == 0
+    e = links.errors_of(t, links.truth_of(run, t))
+    assert e["obs"] < 1e-9 and e["next_obs_mean"] < 1e-6
+    assert e["reward"] < 1e-6 and e["terminals"] == 0
     shifted = run.session.flags.job
     shifted = dataclasses.replace(shifted, reward_shift=2.0, reward_scale=3.0)
     flags = run.session.flags._replace(job=shifted)
     other = run._replace(session=run.session._replace(flags=flags))
-    truth = links.truth_of(other, t, envs.make_judge("pendulum"))
+    truth = links.truth_of(other, t)
     np.testing.assert_allclose(truth.reward, (t.reward + 2.0) * 3.0, atol=1e-3)
 
 
@@ -108,8 +112,10 @@ def test_a_miniature_has_a_row_per_source(folder, tmp_path, capsys, monkeypatch)
     same = lambda of, label: np.array_equal(of["synthetic"], of[label])
     assert not same(rewards, "true rewards") and same(after, "true rewards")
     assert same(rewards, "true next observations") and not same(after, "true next observations")
+    seen = {label: np.asarray(data[1].obs) for label, data in used.items()}
+    assert same(seen, "all three true") and not same(seen, "true observations too")
     assert not same(rewards, "all three true") and not same(after, links.LOG)
-    assert [r["updates"] for r in rows] == ["8"] * 6
+    assert [r["updates"] for r in rows] == ["8"] * 7
     with (tmp_path / "out" / "errors.csv").open() as f:
         assert [r["seed"] for r in csv.DictReader(f)] == ["0", "1"]
     assert (tmp_path / "out" / "curves.png").stat().st_size > 5_000
