@@ -45,7 +45,7 @@ class Config:
     seed: int = 0  # first seed
     num_seeds: int = 1  # number of seeds: seed, seed + 1, ... in one program
     # --- Denoiser ---
-    horizon: int = 32  # steps in a synthetic trajectory (T)
+    horizon: int = 4  # steps in a synthetic trajectory (T)
     validation: float = 0.05  # fraction of the episodes held out of the generator's training
     features: int = 64  # channels at the U-Net's first level; each further level doubles them
     levels: int = 1  # levels of the U-Net; with 1 it works at full length throughout
@@ -57,7 +57,7 @@ class Config:
     # --- Denoiser training ---
     fit_steps: int = 4_000  # gradient steps of the denoiser
     fit_chunk: int = 100  # gradient steps of the denoiser between two progress reports
-    fit_batch: int = 32  # trajectories in each gradient step of the denoiser
+    fit_batch: int = 256  # trajectories in each gradient step of the denoiser
     fit_lr: float = 5e-3  # peak learning rate: linear warm-up over a tenth, then a cosine to 0
     ema: float = 0.995  # decay per step of the averaged parameters, which the sampler uses
     p_mean: float = -0.8  # mean of ln sigma in training (EDM Table 1)
@@ -84,8 +84,8 @@ class Config:
     updates: int = 250  # agent updates per round
     batch_size: int = 256  # transitions in each batch of the agent
     real_batch: int = 16  # real transitions in each batch of the agent
-    trajectories: int = 64  # synthetic trajectories per round
-    sample_batch: int = 64  # trajectories per sampler call
+    trajectories: int = 2_048  # synthetic trajectories per round
+    sample_batch: int = 512  # trajectories per sampler call
     buffer_rounds: int = 2  # rounds of synthetic data that are kept
 
 

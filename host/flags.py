@@ -75,21 +75,21 @@ class Flags(NamedTuple):
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},  # for the small gymnax tasks; larger tasks get default-large instead
     "default-large": dict(
-        features=256, blocks=6, fit_steps=100_000, fit_batch=128, rounds=100, updates=5_000,
-        trajectories=8_192, sample_batch=1_024,
+        horizon=32, features=256, blocks=6, fit_steps=100_000, fit_batch=128, rounds=100,
+        updates=5_000, trajectories=8_192, sample_batch=1_024,
     ),
     "smoke": dict(
         features=16, blocks=1, fit_steps=200, fit_batch=16, sample_steps=8, rounds=2, updates=50,
         trajectories=64, sample_batch=64, model_steps=200, model_chunk=50, eval_episodes=4,
     ),
     "laptop": dict(
-        features=128, fit_steps=5_000, fit_batch=64, rounds=8, updates=5_000, trajectories=1_024,
-        sample_batch=128,
+        horizon=32, features=128, fit_steps=5_000, fit_batch=64, rounds=8, updates=5_000,
+        trajectories=1_024, sample_batch=128,
     ),
     "paper": dict(
-        features=1_024, levels=3, blocks=1, fit_steps=1_000_000, fit_batch=32, ema=0.9995,
-        p_mean=-1.2, p_std=1.2, sampler="heun", sample_steps=256, sigma_min=0.002, sigma_max=80.0,
-        rho=7.0, guidance=1.0, guidance_rule="paper", rounds=100, updates=10_000,
+        horizon=32, features=1_024, levels=3, blocks=1, fit_steps=1_000_000, fit_batch=32,
+        ema=0.9995, p_mean=-1.2, p_std=1.2, sampler="heun", sample_steps=256, sigma_min=0.002,
+        sigma_max=80.0, rho=7.0, guidance=1.0, guidance_rule="paper", rounds=100, updates=10_000,
         trajectories=8_192, sample_batch=256,
     ),
 }  # fmt: skip

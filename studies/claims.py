@@ -1,6 +1,6 @@
 """The claims of the paper, checked on one log: a table and a figure of each measure.
 
-    python -m studies.claims pendulum-medium                    # fits the models, then judges them
+    python -m studies.claims pendulum-medium -- --horizon 32 --fit-batch 32  # fits the models first
     python -m studies.claims my_log.hdf5 -- --env hopper-medium # your log; hopper judges
     python -m studies.claims RUN_DIR [RUN_DIR ...]              # finished runs of pgd.py on one log
     python -m studies.claims RUN_DIR -- --s-churn 0             # the same with another sampler

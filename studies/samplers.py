@@ -1,6 +1,6 @@
 """Quality of the samplers against the number of denoiser calls, on which the default rests.
 
-    python -m studies.samplers pendulum-medium --num-seeds 4
+    python -m studies.samplers pendulum-medium --num-seeds 4 -- --horizon 32 --fit-batch 32
     python -m studies.samplers halfcheetah-medium -- --preset laptop   # flags of the denoisers' fit
     python -m studies.samplers gaussian -- --eta 2  # one sampler on data whose denoiser is exact
 

@@ -42,6 +42,7 @@ from studies.figures import ORDER, new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 OBS, ACT = 17, 6  # halfcheetah's
+HORIZON = 32  # steps of a trajectory
 LOG_SIZE = 1_000_000
 HEUN = {"sampler": "heun", "sigma_min": 0.01, "sigma_max": 80.0, "rho": 7.0}
 
@@ -157,8 +158,8 @@ def bench_denoiser(features: int, dataset: pgd.Dataset, rate: float, repeats: in
     """-> rows of a training step in its scan, and of a level of each sampler."""
     steps, num = 40, 32
     config = pgd.Config(
-        features=features, fit_batch=num, fit_chunk=steps, sample_steps=16, trajectories=num,
-        sample_batch=num,
+        horizon=HORIZON, features=features, fit_batch=num, fit_chunk=steps, sample_steps=16,
+        trajectories=num, sample_batch=num,
     )  # fmt: skip
     diffusion, key = pgd.make_diffusion(config), jax.random.key(0)
     model = jax.jit(diffusion.init)(key, dataset)
@@ -205,7 +206,9 @@ def bench_world_model(dataset: pgd.Dataset, rate: float, repeats: int):
         ("Heun, 32 levels", HEUN | {"sample_steps": 32}),
         ("Heun, the paper's 256", HEUN | {"sample_steps": 256}),
     ]:
-        c = pgd.Config(features=128, trajectories=batch, sample_batch=batch, **settings)
+        c = pgd.Config(
+            horizon=HORIZON, features=128, trajectories=batch, sample_batch=batch, **settings
+        )
         diffusion = pgd.make_diffusion(c)
         model = jax.jit(diffusion.init)(key, dataset)
         generate = generate_with(diffusion, agent)
@@ -283,8 +286,8 @@ def bench_seeds(counts: Sequence[int], dataset: pgd.Dataset, repeats: int):
     """-> rows of the stages of a run and of the whole, per number of seeds. The ratio is the time
     per seed over that of one seed by itself."""
     config = world_model.Config(
-        fit_batch=16, fit_steps=40, fit_chunk=40, trajectories=32, sample_batch=32, updates=100,
-        rounds=2,
+        horizon=HORIZON, fit_batch=16, fit_steps=40, fit_chunk=40, trajectories=32,
+        sample_batch=32, updates=100, rounds=2,
     )  # fmt: skip
     agent, alone = agents.td3_bc(), {}
     for seeds in sorted({1, *counts}):
@@ -353,7 +356,9 @@ def bench_plain(dataset: pgd.Dataset, repeats: int):
 
 def plain_fit(dataset: pgd.Dataset, repeats: int, features: int = 64, steps: int = 20):
     """-> rows of a training step of the denoiser."""
-    config = pgd.Config(features=features, fit_batch=16, fit_chunk=steps, fit_steps=1_000)
+    config = pgd.Config(
+        horizon=HORIZON, features=features, fit_batch=16, fit_chunk=steps, fit_steps=1_000
+    )
     diffusion, key = pgd.make_diffusion(config), jax.random.key(0)
     state = jax.jit(diffusion.init)(key, dataset)
     ours = measure(diffusion.fit, key, state, dataset, repeats=repeats).times
@@ -416,8 +421,8 @@ def plain_batches(dataset: pgd.Dataset, repeats: int):
     plain = "without replacement, as torch loaders do"
     yield compared("a batch of 256 of the log", ours, plain, theirs)
 
-    windows = dataset.steps[dataset.train_starts[: 2**15, None] + jnp.arange(32)]
-    draw = lambda key, data: data.windows(key, data.train_starts, 16, 32)
+    windows = dataset.steps[dataset.train_starts[: 2**15, None] + jnp.arange(HORIZON)]
+    draw = lambda key, data: data.windows(key, data.train_starts, 16, HORIZON)
     ours = measure(draw, key, dataset, repeats=repeats).times
     stored = lambda key, w: w[jax.random.randint(key, (16,), 0, len(w))]
     theirs = measure(stored, key, windows, repeats=repeats).times
@@ -428,8 +433,8 @@ def plain_batches(dataset: pgd.Dataset, repeats: int):
 def plain_seeds(dataset: pgd.Dataset, repeats: int, seeds: int = 4):
     """-> a row of several seeds in one program, and in a program each."""
     small = world_model.Config(
-        fit_batch=16, fit_steps=20, fit_chunk=20, trajectories=16, sample_batch=16, updates=50,
-        rounds=1,
+        horizon=HORIZON, fit_batch=16, fit_steps=20, fit_chunk=20, trajectories=16,
+        sample_batch=16, updates=50, rounds=1,
     )  # fmt: skip
 
     def fresh(num: int):
@@ -709,7 +714,7 @@ def study(argv: list[str]) -> None:
     report["repeats"] = args.repeats
     few, dataset = min(3, args.repeats), None
     if DRAWN & set(args.only):
-        dataset = pgd.make_dataset(random_log(LOG_SIZE), pgd.Config())
+        dataset = pgd.make_dataset(random_log(LOG_SIZE), pgd.Config(horizon=HORIZON))
     tables = {
         "parts": lambda: bench_parts(args.features, dataset, rate, args.repeats),
         "seeds": lambda: bench_seeds(args.seeds, dataset, args.repeats),
