@@ -470,7 +470,7 @@ def report(out: Path, pages: Sequence[Path]) -> None:
         print(f"\n{name}\n\n{table}")
     for page in pages:
         page.write_text(put_tables(page.read_text(), made))
-    drawn = [draw_curves(out), draw_profiles(out), *draw_sizes(out)]
+    drawn = [draw_curves(out), *draw_profiles(out), *draw_sizes(out)]
     print(f"\nsaved: {out}/ ({', '.join(drawn)})")
 
 
@@ -495,11 +495,13 @@ def draw_curves(out: Path) -> str:
     return "curves.png"
 
 
-def draw_profiles(out: Path) -> str:
+def draw_profiles(out: Path) -> list[str]:
     """Performance profiles over all tasks but those of development, a panel per agent -> the
-    figure's name."""
+    figure's name, if there is such a task."""
     scores, thresholds = table_of(out), np.linspace(-20, 120, 141)
-    names = list(dict.fromkeys(agent for _, agent in complete(scores)))
+    names = dict.fromkeys(agent for task, agent in complete(scores) if task not in DEVELOPMENT)
+    if not names:
+        return []
     figure, axes = figures.new_figure(1, len(names))
     for ax, agent in zip(axes[0], names):
         for column in COLUMNS:
@@ -511,7 +513,7 @@ def draw_profiles(out: Path) -> str:
         ax.set(title=agent, xlabel="normalised score", ylabel="share of runs above it")
     axes[0, 0].legend()
     figures.save_figure(out / "profiles.png", figure)
-    return "profiles.png"
+    return ["profiles.png"]
 
 
 def draw_sizes(out: Path) -> list[str]:
