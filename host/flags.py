@@ -17,7 +17,7 @@ from baselines.world_model import Config
 from host import envs
 from host.errors import UserError
 
-DEFAULT_ENV = "pendulum-medium"
+DEFAULT_ENV = "pendulum-random"
 Synthetic = Literal["diffusion", "world-model", "none"]
 Preset = Literal["default", "smoke", "laptop", "paper"]
 
@@ -25,7 +25,7 @@ Preset = Literal["default", "smoke", "laptop", "paper"]
 @dataclasses.dataclass(frozen=True)
 class Job:
     # --- Task ---
-    env: str | None = None  # task, such as hopper-medium or minari:NAME; else pendulum-medium
+    env: str | None = None  # task, such as hopper-medium or minari:NAME; else pendulum-random
     discrete_as_continuous: bool = False  # take actions that are integers 0, 1, 2, ... for numbers
     reward_shift: float | None = None  # added to each reward; by default -1 for antmaze, else 0
     reward_scale: float = 1.0  # factor of each reward, after the shift; scores are not changed

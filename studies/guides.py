@@ -1,10 +1,10 @@
 """What guides are worth: given starts, a score of your own, evaluation of policies without a
 simulator, and the gain in score by each guide.
 
-    L='--horizon 32 --fit-batch 32'
-    python pgd.py --rounds 2 --updates 3000 $L --out plain
-    python pgd.py --rounds 1 --updates 1 --condition-on-start $L --out conditioned
-    python pgd.py --rounds 1 --updates 1 --condition-on-start --horizon 8 --fit-batch 64 --out short
+    P="python pgd.py --env pendulum-medium"; L="--horizon 32 --fit-batch 32"
+    $P $L --rounds 2 --updates 3000 --out plain
+    $P $L --rounds 1 --updates 1 --condition-on-start --out conditioned
+    $P --horizon 8 --fit-batch 64 --rounds 1 --updates 1 --condition-on-start --out short
     python -m studies.guides plain conditioned short
     python -m studies.guides --paired results/pendulum-value/final.json
 
