@@ -83,14 +83,14 @@ def test_a_run_leaves_its_folder_and_prints_its_table(finished):
         "config.json", "metrics.csv", "curve.png", "final.json", "checkpoint/state.npz"
     }  # fmt: skip
     final = json.loads((folder / "final.json").read_text())
-    assert final["env"] == "pendulum-medium" and final["agent"] == "td3_bc"
+    assert final["env"] == "pendulum-random" and final["agent"] == "td3_bc"
     assert final["synthetic"] == "diffusion" and final["seeds"] == [0, 1]
     assert len(final["returns"]) == len(final["scores"]) == 2
     assert final["mean"] == pytest.approx(np.mean(final["scores"]))
     assert final["ci95"][0] < final["mean"] < final["ci95"][1]
-    assert "policies/pendulum-medium.npz" in final["source"]
+    assert "uniformly random actions" in final["source"]
     assert set(final["wall_seconds"]) >= {"load", "fit", "rounds"}
-    low, high = data.resolve("pendulum-medium").reference
+    low, high = data.resolve("pendulum-random").reference
     expected = [100 * (r - low) / (high - low) for r in final["returns"]]
     np.testing.assert_allclose(final["scores"], expected, atol=1e-3)
     rows = (folder / "metrics.csv").read_text().splitlines()
