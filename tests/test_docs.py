@@ -46,7 +46,7 @@ def test_the_readmes_example_of_copying_runs(tmp_path):
     code = code.replace("updates=100", "updates=10")
     done = run(LOG + code, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith("(2, 512, 3)")
+    assert done.stdout.rstrip().endswith("(2, 128, 3)")
 
 
 @pytest.mark.slow
