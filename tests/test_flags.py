@@ -122,21 +122,23 @@ def test_a_list_of_widths_is_a_tuple_of_integers():
 
 
 @pytest.mark.parametrize(
-    "args, features",
+    "args, features, horizon",
     [
-        ([], 64),
-        (["--env", "swimmer-medium"], 64),
-        (["--env", "Pendulum-medium"], 64),
-        (["--env", "collect:pendulum-medium"], 64),
-        (["--env", "pendulum-medium", "--dataset-path", "x.hdf5"], 64),
-        (["--dataset-path", "x.hdf5"], 256),
-        (["--env", "halfcheetah-medium"], 256),
-        (["--env", "halfcheetah-medium", "--preset", "laptop"], 128),
-        (["--env", "halfcheetah-medium", "--features", "32"], 32),
+        ([], 64, 4),
+        (["--env", "swimmer-medium"], 64, 4),
+        (["--env", "Pendulum-medium"], 64, 4),
+        (["--env", "collect:pendulum-medium"], 64, 4),
+        (["--env", "pendulum-medium", "--dataset-path", "x.hdf5"], 64, 4),
+        (["--dataset-path", "x.hdf5"], 256, 32),
+        (["--env", "halfcheetah-medium"], 256, 32),
+        (["--env", "halfcheetah-medium", "--preset", "laptop"], 128, 32),
+        (["--env", "halfcheetah-medium", "--preset", "paper"], 1024, 32),
+        (["--env", "halfcheetah-medium", "--features", "32", "--horizon", "8"], 32, 8),
     ],
 )
-def test_the_default_preset_is_sized_by_the_task(args, features):
-    assert flags.parse(args).config.features == features
+def test_the_default_preset_is_sized_by_the_task(args, features, horizon):
+    config = flags.parse(args).config
+    assert (config.features, config.horizon) == (features, horizon)
 
 
 @pytest.mark.parametrize(
