@@ -49,8 +49,8 @@ def test_exported_trajectories_end_where_they_should():
 
 
 EXPORT = [
-    "--preset", "smoke", "--fit-steps", 100, "--rounds", 1, "--updates", 5, "--horizon", 8,
-    "--eval-episodes", 1, "--export-steps", 900,
+    "--env", "pendulum-medium", "--preset", "smoke", "--fit-steps", 100, "--rounds", 1,
+    "--updates", 5, "--horizon", 8, "--eval-episodes", 1, "--export-steps", 900,
 ]  # fmt: skip
 
 

@@ -284,7 +284,12 @@ def test_samples_have_the_spread_of_the_log():
         "timeouts": np.arange(num) % length == length - 1,
     }
     config = pgd.Config(
-        horizon=16, features=16, fit_steps=1_000, fit_chunk=1_000, sample_batch=1_024
+        horizon=16,
+        features=16,
+        fit_steps=1_000,
+        fit_chunk=1_000,
+        fit_batch=32,
+        sample_batch=1_024,
     )
     dataset = pgd.make_dataset(log, config)
     state = pgd.init_diffusion(jax.random.key(0), dataset, config)
@@ -361,7 +366,9 @@ def test_validation_is_of_the_average_on_held_out_windows(monkeypatch):
 )
 def test_a_denoiser_learns_each_real_log(name):
     task = data.load(path=str(real_log(name)))
-    config = pgd.Config(features=32, blocks=1, fit_steps=250, fit_chunk=250, ema=0.98)
+    config = pgd.Config(
+        horizon=32, features=32, blocks=1, fit_steps=250, fit_chunk=250, fit_batch=32, ema=0.98
+    )
     dataset = pgd.make_dataset(task.log, config, task.action_low, task.action_high)
     diffusion = pgd.make_diffusion(config)
     state = diffusion.init(jax.random.key(0), dataset)
@@ -371,7 +378,8 @@ def test_a_denoiser_learns_each_real_log(name):
     after = float(validate(state, dataset)["validation_loss"])
     # An untrained network answers 0, so that D = c_skip x has an exact loss
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 2**31 - 1), 8)
-    draw = lambda key: dataset.windows(jax.random.split(key, 3)[0], dataset.val_starts, 128, 32)
+    first = lambda key: jax.random.split(key, 3)[0]
+    draw = lambda key: dataset.windows(first(key), dataset.val_starts, 128, config.horizon)
     square = float(np.mean([np.mean(np.asarray(draw(key)) ** 2) for key in keys]))
     variance = np.exp(2 * (config.p_mean + config.p_std * norm.ppf((np.arange(999) + 0.5) / 999)))
     assert before == pytest.approx(np.mean((variance * square + 1) / (variance + 1)), rel=0.03)
