@@ -168,6 +168,10 @@ def test_a_log_of_development_has_no_part_in_the_aggregate(tmp_path, monkeypatch
     monkeypatch.setattr(results, "DEVELOPMENT", {"hard", "easy"})
     assert len(cells(results.tables(tmp_path)["td3_bc-aggregate"])) == 2  # its head alone
     results.report(tmp_path, [])
+    assert not (tmp_path / "profiles.png").exists()  # there is nothing to draw
+    monkeypatch.setattr(results, "DEVELOPMENT", {"hard"})
+    results.report(tmp_path, [])
+    assert (tmp_path / "profiles.png").exists()
 
 
 def test_a_worse_guide_is_reported_as_worse(tmp_path):
