@@ -2,16 +2,20 @@
 
 import ast
 import csv
+import dataclasses
 import os
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from conftest import ROOT, toy_log
 
 import agents
+import pgd
+from host import flags
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -89,6 +93,25 @@ def test_the_examples_of_guides_run(conditioned, tmp_path):
 
 def test_readme_is_short():
     assert (ROOT / "README.md").stat().st_size <= 12_000
+
+
+@pytest.mark.parametrize(
+    "label, preset",
+    [
+        ("`default`, gymnax tasks", "default"), ("`default`, other logs", "default-large"),
+        ("`laptop`", "laptop"), ("`smoke`", "smoke"), ("`paper`", "paper"),
+    ],
+)  # fmt: skip
+def test_the_table_of_presets_has_the_codes_values(label, preset):
+    c = types.SimpleNamespace(**dataclasses.asdict(pgd.Config()) | flags.PRESETS[preset])
+    page = (ROOT / "docs" / "presets.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith(f"| {label} |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1].startswith(f"{c.features:,} features, {c.levels} level")
+    assert f", {c.blocks} block" in cells[1]
+    fit = f"{c.fit_steps:,} steps of {c.fit_batch} windows"
+    assert cells[2:6] == [str(c.horizon), fit, f"{c.rounds} × {c.updates:,}", f"{c.trajectories:,}"]
+    assert f"{c.sample_steps} levels" in cells[6]
 
 
 def test_pgd_keeps_its_budget():
