@@ -279,7 +279,6 @@ def init_unet(key, dim_in: int, dim_out: int, config: Config) -> dict:
     """-> parameters of a network from dim_in to dim_out channels."""
     f, key = config.features, iter(jax.random.split(key, 4 + 2 * config.levels * config.blocks))
     widths = [f * 2**level for level in range(config.levels)]
-
     inputs = lambda c_in, c: [c_in] + [c] * (config.blocks - 1)
     init_blocks = lambda *c: [init_block(next(key), i, c[1], config) for i in inputs(*c)]
     return {
@@ -427,25 +426,26 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
     can differentiate, such as log pi, whose weight is the exponent lambda."""
     join = lambda t: jnp.concatenate([t.obs, t.action, t.reward[..., None], t.done[..., None]], -1)
     is_action = slice(dataset.obs_dim, -2)
+    gradient = jax.grad(lambda t: sum(jnp.sum(weight * score(t)) for weight, score in terms))
 
     def guide(denoised, sigma):
         v = (sigma**2 * SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2))[..., None, None]
         t, dt = jax.jvp(dataset.split, (denoised,), (jnp.ones_like(denoised),))
         ones, scale = jax.tree.map(jnp.ones_like, t), join(dt)
         reach = 2.0 * join(dt._replace(action=ones.action))  # an action's whole range, or 2 std
-        g = k = 0.0
-        for weight, score in terms:
-            # Gradient, and Gauss-Newton curvature by row sums of the Hessian, in a step's own units
-            gradient = jax.grad(lambda t, f=score: jnp.sum(f(t)))  # the batch does not interact
-            g_i, h_i = (weight * join(x) for x in jax.jvp(gradient, (t,), (ones,)))
-            k_i = jax.nn.relu(-h_i)
-            # A gradient moves about sqrt(v) where no curvature stops it within reach
-            k_i = k_i * scale**2 + jax.nn.relu(jnp.abs(g_i) - reach * k_i) * scale / jnp.sqrt(v)
-            g, k = g + g_i * scale, k + k_i
-        moved = v * g / (1.0 + v * k)
+        # Gradient, and Gauss-Newton curvature by row sums of the Hessian, in a step's own units
+        g, h = map(join, jax.jvp(gradient, (t,), (ones,)))
+        k = jax.nn.relu(-h)
+        # A gradient moves about sqrt(v) where no curvature stops it within reach
+        k = k * scale**2 + jax.nn.relu(jnp.abs(g) - reach * k) * scale / jnp.sqrt(v)
         # An action moves on its own side of tanh, which is not straight, up to the log's bounds
-        a, bound = t.action, jnp.maximum(jnp.abs(t.action), 0.999)
-        after = jnp.clip(a + (scale * moved)[..., is_action], -bound, bound)
+        g, a, bound = g * scale, t.action, jnp.maximum(jnp.abs(t.action), 0.999)
+        act = lambda moved: jnp.clip(a + (scale * moved)[..., is_action], -bound, bound)
+        # One that would pass the top of the score moves about sqrt(v) at most
+        ahead = join(gradient(t._replace(action=act(v * g / (1.0 + v * k)))))
+        k += jnp.abs(g) / jnp.sqrt(v) * (scale * ahead * g < -0.1 * g**2)
+        moved = v * g / (1.0 + v * k)
+        after = act(moved)
         z = jnp.arctanh((after - a) / jnp.maximum(1.0 - a * after, 1e-6))
         return denoised + moved.at[..., is_action].set(z / dataset.std[is_action])
 

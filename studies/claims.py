@@ -7,10 +7,11 @@
     python -m studies.claims hopper-medium -- --fit-steps 4000  # flags of the models' training
 
 The program makes target policies at growing distance from the behaviour policy of the log. It asks
-the diffusion model, at every guidance weight, and the world model for trajectories under each
-target. The simulator judges the trajectories. The program saves likelihood, dynamics, coverage and
-trajectories, each as csv and png, and the trade-off between likelihood and dynamics error.
-Intervals are 95 % intervals over seeds.
+the diffusion model, at every guidance weight and with the paper's rule as well, and the world model
+for trajectories under each target. The simulator judges the trajectories. The program saves
+likelihood, dynamics, coverage and trajectories, each as csv and png, and the trade-off between
+likelihood and dynamics error. It prints the tables of docs/claims.md. Intervals are 95 % intervals
+over seeds.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ import data
 import pgd
 from baselines import world_model
 from baselines.behaviour import ClonedState
+from baselines.paper_guide import make_paper_guide
 from host import cli, collect, envs, flags, run_folder
 from host.errors import UserError
 from host.files import say
@@ -39,6 +41,7 @@ from host.run_folder import interval
 from studies.common import Parser, folder_of, is_file, markdown, run_study, save_table, split_flags
 from studies.figures import COLOURS, ORDER, line, new_figure, save_figure
 
+WEIGHTS = [0.0, 1.0, 4.0, 16.0, 64.0, 1e6]  # of the guide; the last stands for infinity
 MARGIN = 0.05  # of an observation's range in the log; a state further outside is impossible
 
 
@@ -48,7 +51,7 @@ MARGIN = 0.05  # of an observation's range in the log; a state further outside i
 class Model(NamedTuple):
     """A fitted generator of one seed or of several."""
 
-    name: str  # diffusion or world-model
+    name: str  # diffusion; paper, the same with the paper's rule; or world-model
     config: world_model.Config
     state: Any  # with a leading axis (seeds,), unless shared
     shared: bool  # one model for all seeds
@@ -322,7 +325,7 @@ def make_sampler(model: Model, agent, clone: Target, dataset, num: int, length: 
     """-> sample(target, seed, weight) -> Sample of num trajectories, compiled once for all targets
     of the agent."""
     settings = {"trajectories": num, "sample_batch": num}
-    if model.name == "diffusion":
+    if model.name != "world-model":
         settings |= POLICY_ONLY | {"horizon": length + 1}
         make = functools.partial(pgd.make_diffusion, rule=model.rule)
     else:
@@ -474,8 +477,9 @@ def nearest(x, log):
 # --- Tables: a row per target policy, model, guidance weight and seed ---
 
 
-def judge_all(models, targets, weights, session, judge, num: int, num_seeds: int):
-    """-> (rows of each table by its name, samples of the first seed by (target, model, weight))."""
+def judge_all(models, targets, weights: dict, session, judge, num: int, num_seeds: int):
+    """weights: name of a model -> its guidance weights. -> (rows of each table by its name, samples
+    of the first seed by (target, model, weight))."""
     dataset, clone, ref = session.dataset, targets[0], make_reference(session.dataset)
     length = models[0].config.horizon - 1  # of the diffusion model, where there is one
     log = real_sample(dataset, num, length)
@@ -490,7 +494,7 @@ def judge_all(models, targets, weights, session, judge, num: int, num_seeds: int
         (target, model, weight, seed)
         for target in targets
         for model in models
-        for weight in (weights if model.name == "diffusion" else [0.0])
+        for weight in weights[model.name]
         for seed in range(num_seeds)
     ]
     for target, model, weight, seed in counted(settings, "judged samples"):
@@ -552,20 +556,57 @@ def band(rows: list[dict], what: str, **where) -> tuple[float, float, float]:
     return tuple(float(np.exp(x)) for x in ends) if what in ERRORS else ends
 
 
-def table(rows: list[dict], shown: float) -> str:
-    """-> a table in Markdown with a line per target policy, nearest first: log-likelihoods and
-    dynamics errors without guidance, at the weight shown, and of the world model."""
-    heads = ["target policy", "distance"]
-    for what in ("under the target", "under the clone", "dynamics error"):
-        heads += [f"{what}: unguided", f"guidance {shown:g}"]
-    lines = [[*heads, "world model"]]
+def likelihood_table(rows: list[dict]) -> str:
+    """-> a table in Markdown with a line per target policy, nearest first: log-likelihood of the
+    synthetic actions under the target at every guidance weight, and under the clone."""
+    weights = weights_of(rows)
+    heads = [f"under the target: λ = {weights[0]:g}", *(f"λ = {w:g}" for w in weights[1:])]
+    heads += [f"under the clone: λ = {weights[0]:g}", f"λ = {weights[-1]:g}"]
+    lines = [["target policy", "distance", *heads]]
     for target in by_distance(rows):
-        cells = [target, f"{band(rows, 'distance', target=target)[0]:.2f}"]
-        for what in ("log_prob_target", "log_prob_behaviour", "error"):
-            for weight in (0.0, shown):
-                cells.append(cell(rows, what, target=target, model="diffusion", weight=weight))
-        lines.append([*cells, cell(rows, "error", target=target, model="world-model")])
+        where = {"target": target, "model": "diffusion"}
+        cells = [cell(rows, "log_prob_target", weight=w, **where) for w in weights]
+        for w in (weights[0], weights[-1]):
+            cells.append(f"{band(rows, 'log_prob_behaviour', weight=w, **where)[0]:.2f}")
+        lines.append([target, f"{band(rows, 'distance', target=target)[0]:.2f}", *cells])
     return markdown(lines)
+
+
+def error_table(rows: list[dict]) -> str:
+    """-> a table in Markdown with a line per target policy, nearest first: dynamics error at every
+    guidance weight, of the world model, and of the paper's rule at the same likelihood."""
+    weights, ratios = weights_of(rows), against_paper(rows)
+    strong = sorted({w for _, w in ratios})
+    heads = [f"λ = {w:g}" for w in weights] + ["world model"]
+    heads += [f"paper's rule at {w:g}, times the guide's" for w in strong]
+    lines = [["target policy", *heads]]
+    for target in by_distance(rows):
+        where = {"target": target, "model": "diffusion"}
+        cells = [cell(rows, "error", weight=w, **where) for w in weights]
+        cells.append(cell(rows, "error", target=target, model="world-model"))
+        for w in strong:
+            found = [{"error": r} for r in ratios[target, w]]
+            cells.append(cell(found, "error") if found else "-")
+        lines.append([target, *cells])
+    return markdown(lines)
+
+
+def against_paper(rows: list[dict]) -> dict[tuple[str, float], list[float]]:
+    """-> {(target, weight of the paper's rule): ratios}, a ratio per seed: the rule's dynamics
+    error over that of the guide, at the λ that makes the actions as likely under the target. A
+    seed is left out where no λ does."""
+    found = {}
+    for r in (r for r in rows if r["model"] == "paper"):
+        of_guide = [g for g in rows if g["model"] == "diffusion"
+                    and (g["target"], g["seed"]) == (r["target"], r["seed"])]  # fmt: skip
+        of_guide.sort(key=lambda g: g["log_prob_target"])
+        x = [g["log_prob_target"] for g in of_guide]
+        y = [np.log(g["error"]) for g in of_guide]
+        same = np.interp(r["log_prob_target"], x, y, left=np.nan, right=np.nan)
+        ratios = found.setdefault((r["target"], r["weight"]), [])
+        if np.isfinite(same):
+            ratios.append(float(r["error"] / np.exp(same)))
+    return found
 
 
 def cell(rows: list[dict], what: str, **where) -> str:
@@ -584,7 +625,7 @@ def by_distance(rows: list[dict]) -> list[str]:
 
 # --- Figures ---
 
-WEIGHT = "guidance weight"
+WEIGHT = "guidance weight λ"
 DISTANCE = "distance of the target from the clone"
 ERROR = "dynamics error (variances)"
 
@@ -596,23 +637,34 @@ def spaced(names: list[str], num: int = 4) -> list[str]:
 
 
 def draw_likelihood(path: Path, rows: list[dict], title: str) -> None:
-    """Log-likelihood of the sampled actions against the guidance weight, of four targets."""
+    """Log-likelihood of the sampled actions less that of unguided ones, against the guidance
+    weight, of four targets."""
     figure, axes = new_figure(1, 2)
     weights = weights_of(rows)
     for name, colour in zip(spaced(by_distance(rows)), ORDER):
         for ax, what in zip(axes[0], ("log_prob_target", "log_prob_behaviour")):
-            pick = lambda w: band(rows, what, target=name, model="diffusion", weight=w)
-            line(ax, weights, [pick(w) for w in weights], name, colour, marker="o", ms=3)
+            bands = [band(changes(rows, what, name, w), what) for w in weights]
+            line(ax, range(len(weights)), bands, name, colour, marker="o", ms=3)
     for ax, whose in zip(axes[0], ("the target policy", "the clone")):
-        ax.set(xlabel=WEIGHT, ylabel=f"log-likelihood under {whose} (nats)")
+        ax.set_xticks(range(len(weights)), [f"{w:g}" for w in weights])
+        ax.set(xlabel=WEIGHT, ylabel=f"likelihood under {whose}, less unguided (nats)")
+        ax.set_yscale("symlog", linthresh=1.0)
     axes[0, 1].legend()
     figure.suptitle(title)
     save_figure(path, figure)
 
 
-def weights_of(rows: list[dict]) -> list[float]:
-    """-> the guidance weights of the diffusion model's rows, increasing."""
-    return sorted({r["weight"] for r in rows if r["model"] == "diffusion"})
+def changes(rows: list[dict], what: str, target: str, weight: float) -> list[dict]:
+    """-> a row per seed, {what: value at the weight less that at the smallest weight}."""
+    of_target = [r for r in rows if r["target"] == target and r["model"] == "diffusion"]
+    value = {(r["weight"], r["seed"]): r[what] for r in of_target}
+    first, seeds = weights_of(rows)[0], {r["seed"] for r in of_target}
+    return [{what: value[weight, seed] - value[first, seed]} for seed in sorted(seeds)]
+
+
+def weights_of(rows: list[dict], model: str = "diffusion") -> list[float]:
+    """-> the guidance weights of a model's rows, increasing."""
+    return sorted({r["weight"] for r in rows if r["model"] == model})
 
 
 def curves(rows: list[dict], shown: float) -> list[tuple[str, dict, str]]:
@@ -654,29 +706,31 @@ def draw_dynamics(path: Path, rows, steps, shown: float, title: str, judge: str)
 
 
 def draw_tradeoff(path: Path, rows: list[dict], title: str) -> None:
-    """Dynamics error against likelihood under the target, for four targets: the diffusion model as
-    its guidance grows, and the world model."""
-    figure, axes = new_figure(1, 1, 5.5, 4.2)
-    ax, weights = axes[0, 0], weights_of(rows)
-    for name, colour in zip(spaced(by_distance(rows)), ORDER):
-        where = {"target": name, "model": "diffusion"}
-        xs = [band(rows, "log_prob_target", weight=w, **where)[0] for w in weights]
-        bands = [band(rows, "error", weight=w, **where) for w in weights]
-        line(ax, xs, bands, name, colour, marker="o", ms=3)
-        where["model"] = "world-model"
-        x, y = (band(rows, what, **where)[0] for what in ("log_prob_target", "error"))
-        ax.plot(x, y, "*", color=colour, ms=11, mec="black", mew=0.5)
-    ax.set(
-        yscale="log",
-        xlabel="log-likelihood of the actions under the target policy (nats)",
-        ylabel=ERROR,
-        title=title,
-    )
-    listed = ", ".join(f"{w:g}" for w in weights)
-    ax.plot([], [], "k-o", ms=3, label=f"diffusion, guidance {listed}")
-    if any(r["model"] == "world-model" for r in rows):
-        ax.plot([], [], "k*", ms=9, label="world model")
-    ax.legend()
+    """Dynamics error against likelihood under the target, a panel for each of four targets: the
+    diffusion model as its guidance grows, the same with the paper's rule, and the world model."""
+    names = spaced(by_distance(rows))
+    figure, axes = new_figure(1, len(names), 3.4, 3.4)
+    known = {
+        "diffusion": ("λ", COLOURS["guided"], "o"),
+        "paper": ("the paper's rule at", COLOURS["log alone"], "s"),
+        "world-model": ("world model", COLOURS["world model"], "*"),
+    }
+    for model, (said, colour, marker) in known.items():
+        weights = weights_of(rows, model)
+        if not weights:
+            continue
+        if model != "world-model":
+            said += " " + ", ".join(f"{w:g}" for w in weights)
+        for ax, name in zip(axes[0], names):
+            of_model = [{"target": name, "model": model, "weight": w} for w in weights]
+            xs = [band(rows, "log_prob_target", **where)[0] for where in of_model]
+            bands = [band(rows, "error", **where) for where in of_model]
+            line(ax, xs, bands, said, colour, marker=marker, ms=10 if marker == "*" else 4)
+    for ax, name in zip(axes[0], names):
+        ax.set(yscale="log", xlabel="likelihood under the target (nats)", title=name)
+    axes[0, 0].set(ylabel=ERROR)
+    axes[0, 0].legend()
+    figure.suptitle(title)
     save_figure(path, figure)
 
 
@@ -779,12 +833,15 @@ def judge_runs(run_dirs: list[str], out: Path, args, argv: Sequence[str]) -> Non
         raise UserError("give one run of each kind: diffusion, world-model")
     if argv and models[0].name != "diffusion":
         raise UserError("there is no sampler to change in a world model")
+    if args.paper_weights and models[0].name == "diffusion" and models[0].rule is pgd.make_guide:
+        models.append(models[0]._replace(name="paper", rule=make_paper_guide))
     limits = [m.config.num_seeds for m in models if own or not m.shared]
     num_seeds = min([args.num_seeds, *limits])
     judge = make_judge(session)
     targets = make_targets(session, num_seeds, sorted(args.updates)) + own
-    weights = sorted({0.0, *args.weights})
-    shown = min([w for w in weights if w > 0], key=lambda w: abs(w - args.shown))
+    weights = {"diffusion": sorted({0.0, *args.weights}), "paper": sorted(set(args.paper_weights))}
+    weights["world-model"] = [0.0]
+    shown = min([w for w in weights["diffusion"] if w > 0], key=lambda w: abs(w - args.shown))
     tables, drawn = judge_all(models, targets, weights, session, judge, args.num, num_seeds)
     tables["amplification"] = amplification(session.dataset, judge)
     for own_session, model, _ in loaded:
@@ -816,7 +873,9 @@ def save(out: Path, tables, samples, far: str, shown: float, title: str, judge, 
         figures += ["likelihood.png", "tradeoff.png"]
     noise = ", ".join(f"{r['noise']:g}: {r['error']:.2g}" for r in tables["amplification"])
     print(f"\n{title}, judged by {judge.name}; mean over seeds (95 % interval)\n")
-    print(table(rows, shown))
+    if weights_of(rows):
+        print(likelihood_table(rows), end="\n\n")
+    print(error_table(rows))
     print(f"\ndynamics error of logged states with noise, by its standard deviation: {noise}")
     print(f"\nsaved: {out}/ ({', '.join([*(f'{name}.csv' for name in tables), *figures])})")
 
@@ -839,9 +898,11 @@ def study(argv: list[str]) -> None:
         "what", nargs="+", metavar="TASK or RUN_DIR", help="one task, or run folders"
     )
     parser.add_argument("--num-seeds", type=int, default=4, help="models and policies of each kind")
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.125, 0.25, 0.5, 1.0],
+    parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS,
                         help="guidance weights of the diffusion model")  # fmt: skip
-    parser.add_argument("--shown", type=float, default=0.25, help="weight in tables and figures")
+    parser.add_argument("--paper-weights", type=float, nargs="*", default=[0.0625, 0.25, 1.0],
+                        help="weights of the paper's rule, on the same model")  # fmt: skip
+    parser.add_argument("--shown", type=float, default=64.0, help="weight in figures")
     parser.add_argument("--num", type=int, default=128, help="trajectories per setting and seed")
     parser.add_argument("--updates", type=int, nargs="+", default=[1_000, 5_000],
                         help=f"updates of TD3+BC and IQL; multiples of {CHUNK}")  # fmt: skip
@@ -866,11 +927,13 @@ def study(argv: list[str]) -> None:
 
 def check(args) -> None:
     """Raise UserError for the program's own flags that cannot work."""
-    weights = [*args.weights, args.shown]
+    weights = [*args.weights, *args.paper_weights, args.shown]
     if min(args.num_seeds, args.num) < 1:
         raise UserError("--num-seeds and --num must be at least 1")
     if not np.isfinite(weights).all() or min(args.weights) < 0 or max(args.weights) == 0:
         raise UserError("--weights must be at least 0, and one of them above it")
+    if min(args.paper_weights, default=1.0) <= 0:
+        raise UserError("--paper-weights must be above 0")
     if any(u <= 0 or u % CHUNK for u in args.updates):
         raise UserError(f"--updates must be multiples of {CHUNK}")
 

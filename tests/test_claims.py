@@ -163,7 +163,7 @@ TOY = (
     "--fit-steps 200 --fit-chunk 100 --features 16 --blocks 1 --sample-steps 6 --horizon 8 "
     "--model-steps 200 --model-chunk 100 --model-hidden 16 --model-layers 2"
 ).split()
-FEW = "--num-seeds 2 --num 16 --updates 250 --weights 0 0.02 0.05".split()
+FEW = "--num-seeds 2 --num 16 --updates 250 --weights 0 4 64 --paper-weights 0.05".split()
 
 
 @pytest.fixture(scope="module")
@@ -200,12 +200,13 @@ def test_a_task_name_gives_every_table_and_figure(analysed):
     targets = {"clone", "clone + noise 0.2", "clone + noise 0.5", "td3_bc 250", "iql 250",
                "shipped early1", "shipped expert"}  # fmt: skip
     rows = rows_of(out / "likelihood.csv")
-    assert {r["target"] for r in rows} == targets | {""} and len(rows) == 1 + 7 * 2 * (3 + 1)
+    assert {r["target"] for r in rows} == targets | {""} and len(rows) == 1 + 7 * 2 * (3 + 1 + 1)
     assert all(name in said for name in targets) and "saved:" in said
     assert len(rows_of(out / "dynamics.csv")) == 7 * (len(rows) - 1)
     assert {r["model"] for r in rows_of(out / "coverage.csv")} == {
         "log",
         "diffusion",
+        "paper",
         "world-model",
     }
     assert {r["seed"] for r in rows if r["target"]} == {"0", "1"}
@@ -230,7 +231,10 @@ def test_guidance_makes_actions_likelier_under_the_target(analysed):
         and (x["target"], x["seed"]) == (r["target"], r["seed"])
     ][0]  # fmt: skip
     for r in rows[1:]:
-        assert pick(r, 0.05) > pick(r, 0.0)
+        assert pick(r, 64.0) > pick(r, 4.0) > pick(r, 0.0)
+        by_paper = [float(x["log_prob_target"]) for x in rows if x["model"] == "paper"
+                    and (x["target"], x["seed"]) == (r["target"], r["seed"])]  # fmt: skip
+        assert pick(r, 0.0) < by_paper[0] != pick(r, 4.0)
 
 
 @pytest.mark.slow
@@ -240,9 +244,43 @@ def test_finished_runs_are_judged_again_with_another_sampler(analysed, tmp_path,
     claims.main([run, "--out", str(tmp_path), *FEW, "--", "--sample-steps", "3"])
     said = capsys.readouterr().out
     assert "clone" in said and not (tmp_path / "config.json").exists()
-    before = [r["error"] for r in rows_of(out / "likelihood.csv") if r["model"] == "diffusion"]
-    after = [r["error"] for r in rows_of(tmp_path / "likelihood.csv")]
-    assert len(before) == len(after) - 1 and before != after[1:]
+    errors = [
+        [r["error"] for r in rows_of(folder / "likelihood.csv") if r["model"] == "diffusion"]
+        for folder in (out, tmp_path)
+    ]
+    assert len(errors[0]) == len(errors[1]) and errors[0] != errors[1]
+
+
+def measured(model, weight, likelihood, error, seed=0):
+    """A row of the table of likelihoods."""
+    about = {"target": "t", "distance": 1.0, "model": model, "weight": weight, "seed": seed}
+    about |= {"log_prob_target": likelihood, "log_prob_behaviour": 0.0 - likelihood}
+    return about | {"error": error, "error_median": error}
+
+
+def test_the_papers_rule_is_compared_at_the_same_likelihood():
+    """The guide's error is 10^likelihood between its weights."""
+    levels = (0.0, -2.0), (4.0, 0.0), (64.0, 1.0)
+    guide = [measured("diffusion", w, x, 10.0**x) for w, x in levels]
+    guide += [measured("diffusion", w, x, 1.0, seed=1) for w, x in levels]
+    paper = [measured("paper", 0.25, -1.0, 0.3), measured("paper", 1.0, 0.5, 2 * 10.0**0.5)]
+    beyond = [measured("paper", 2.0, 1.5, 1.0), measured("paper", 1.0, -1.0, 9.0, seed=1)]
+    found = claims.against_paper([*guide, *paper, *beyond])
+    assert found["t", 0.25] == pytest.approx([3.0]) and found["t", 1.0] == pytest.approx([2.0, 9.0])
+    assert found["t", 2.0] == []
+
+
+def test_the_tables_have_a_line_per_target_and_every_weight():
+    rows = [measured("diffusion", w, x, 10.0**x, seed) for w, x in ((0.0, -2.0), (4.0, 0.0))
+            for seed in (0, 1)]  # fmt: skip
+    rows += [measured("paper", 0.25, -1.0, 0.3, seed) for seed in (0, 1)]
+    rows += [measured("world-model", 0.0, 0.0, 0.5, seed) for seed in (0, 1)]
+    head, _, line = claims.likelihood_table(rows).splitlines()
+    assert head.count("λ") == 4 and line == "| t | 1.00 | -2.00 | 0.00 | 2.00 | 0.00 |"
+    head, _, line = claims.error_table(rows).splitlines()
+    assert "paper's rule at 0.25" in head and line == "| t | 0.01 | 1 | 0.5 | 3 |"
+    changed = claims.changes(rows, "log_prob_behaviour", "t", 4.0)
+    assert [r["log_prob_behaviour"] for r in changed] == [-2.0, -2.0]
 
 
 def mistake(capsys, *args) -> str:
@@ -265,6 +303,7 @@ def mistake(capsys, *args) -> str:
         (["nowhere", "--seeds", "2"], "--seeds"),
         (["nowhere", "--weights", "1", "nan"], "--weights"),
         (["nowhere", "--weights", "0"], "--weights"),
+        (["nowhere", "--paper-weights", "0"], "--paper-weights"),
         (["nowhere", "--updates", "300"], "multiples of 250"),
         (["nowhere", "--num", "0"], "at least 1"),
         (["pendulum-medium", "--", "--guidance-sine", "1"], "no flag --guidance-sine"),

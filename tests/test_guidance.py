@@ -288,26 +288,60 @@ def bowl(obs, action):
 @pytest.mark.parametrize("sigma", [0.05, 1.0])
 def test_any_score_moves_uphill_and_further_with_its_weight_but_not_too_far(f, sigma):
     """At most to the top of its parabola there, or where it has no curvature, by the spread sqrt(v)
-    that the noise leaves."""
+    that the noise leaves; and not past the top of the score itself by more than that spread."""
     last = 0.0
     for weight in (0.1, 1.0, 10.0, 1e4):
         moved, x, dataset = moved_by([(weight, pgd.action_score(f))], sigma)
         t = dataset.split(jnp.asarray(x))
-        g, h = jax.jvp(
-            jax.grad(lambda a: jnp.sum(f(t.obs, a))), (t.action,), (jnp.ones_like(t.action),)
-        )
+        gradient = jax.grad(lambda a, obs=t.obs: jnp.sum(f(obs, a)))
+        g, h = jax.jvp(gradient, (t.action,), (jnp.ones_like(t.action),))
         inside = np.abs(np.asarray(t.action)) < 0.9
         step = np.asarray(dataset.split(x + moved).action - t.action)
         assert np.all(step * g >= -1e-6)
-        assert np.all(np.abs(step) >= np.abs(last) - 1e-5)
         spread = np.sqrt(sigma**2 / (1 + sigma**2)) * np.asarray(dataset.std[3:5])
         top = np.minimum(np.abs(g) / np.maximum(-np.asarray(h), 1e-9), 2.0)
         rest = np.maximum(np.abs(g) + 2.0 * np.minimum(h, 0.0), 0.0)  # not stopped within reach
         between = np.abs(g) / np.maximum(np.maximum(-h, 0.0) + rest / spread, 1e-9)
         limit = np.where(-2.0 * h >= np.abs(g), top, between)
         assert np.all(np.abs(step)[inside] <= 1.05 * limit[inside])
+        is_past = lambda a, g=g, gradient=gradient: np.asarray(gradient(a) * g < -0.1 * g**2)
+        assert np.all((np.abs(step) <= 1.05 * spread) | ~is_past(t.action + step))
+        # More weight moves further, unless the top of the parabola lies past that of the score
+        beyond = is_past(jnp.clip(t.action + top * jnp.sign(g), -1.0, 1.0))
+        assert np.all((np.abs(step) >= np.abs(last) - 1e-5) | beyond)
         last = step
     assert np.abs(last).max() > 0.1 * spread.max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("std", [0.3, 0.65])
+def test_a_tanh_gaussian_policy_is_followed_to_its_mode_and_not_past_it(std):
+    """Its log-density is straight or convex away from the mode, u = m + 2 std^2 tanh(u), where the
+    top of a parabola lies far past it: uniform actions, which are guided at all 16 levels."""
+    dataset, denoiser, _ = uniform_task(2)
+    mean = jnp.array([0.9, -2.0])
+    log_prob = lambda obs, action: agents.tanh_log_prob(
+        mean, jnp.log(jnp.full(2, std)), jnp.arctanh(jnp.clip(action, -0.9999, 0.9999))
+    )
+    mode = mean
+    for _ in range(200):
+        mode = mean + 2 * std**2 * jnp.tanh(mode)
+
+    @jax.jit
+    def sample(weight):
+        terms = [(weight, pgd.action_score(log_prob))]
+        x = draw(pgd.sample_sde, denoiser, terms, dataset, CONFIG, 256)
+        t = dataset.split(x)
+        return jnp.arctanh(t.action), jnp.mean(log_prob(t.obs, t.action))
+
+    last = -np.inf
+    for weight in (0.0, 1.0, 4.0, 16.0, 64.0, 1e6):
+        u, likelihood = sample(weight)
+        assert likelihood > last - 0.25
+        last = likelihood
+    off = np.asarray((u - mode) * jnp.sign(mode)).reshape(-1, 2)
+    assert np.all(np.abs(np.median(off, axis=0)) < 0.3)
+    assert np.all(np.quantile(off, 0.9, axis=0) < 0.3)
 
 
 def test_a_quadratic_score_of_ones_own_is_met_and_a_straight_one_is_followed():
