@@ -1,7 +1,6 @@
 """Policy-guided diffusion for offline reinforcement learning (arXiv 2404.06356), in one file.
 
     python pgd.py --env halfcheetah-medium                  # the headline run
-    python pgd.py --env halfcheetah-medium --preset laptop  # the same on two CPU cores
     python pgd.py --dataset-path FILE.hdf5                  # your own log, in D4RL's layout
 
 A diffusion model of whole sub-trajectories learns a fixed log. While it samples, the current policy
@@ -69,7 +68,6 @@ class Config:
     sigma_max: float = 40.0  # highest noise level
     rho: float = 15.0  # curvature of the noise schedule (EDM equation 5)
     eta: float = 2.0  # sde: noise re-injected per step; 1 is the reverse SDE, 0 the ODE
-    order: Literal[1, 2] = 2  # sde: order of the integrator
     s_churn: float = 80.0  # heun: noise added over all steps; 0 is the deterministic sampler
     s_tmin: float = 0.05  # heun: no churn below this noise level
     s_tmax: float = 50.0  # heun: no churn above this noise level
@@ -309,7 +307,6 @@ def unet(params: dict, x: chex.Array, c_noise: chex.Array, config: Config) -> ch
     emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).astype(dtype)
     for layer in params["embed"]:
         emb = jax.nn.relu(dense(layer, emb))
-
     h = dense(params["in"], unfold(x, config.kernel))
     skips = []
     for level, blocks in enumerate(params["down"]):
@@ -329,26 +326,32 @@ def unet(params: dict, x: chex.Array, c_noise: chex.Array, config: Config) -> ch
 # --- EDM: preconditioning, loss, schedule, samplers (arXiv 2206.00364) ---
 
 SIGMA_DATA = 1.0  # every channel is standardised
+LABELS = 2  # last channels, reward and done, which follow from the others: noise hides them wholly
 
 
-def precondition(network: Callable) -> Callable:
+def channel_noise(sigma, dim: int, labels: int) -> chex.Array:
+    """sigma (...) -> noise levels (..., 1, D) of D = dim channels; infinite for the labels."""
+    return jnp.where(jnp.arange(dim) < dim - labels, jnp.asarray(sigma)[..., None, None], jnp.inf)
+
+
+def precondition(network: Callable, labels: int = LABELS) -> Callable:
     """F(x, c_noise) -> denoiser D(x (..., T, D), sigma (...)) (EDM Table 1)."""
 
     def denoiser(x, sigma):
-        s = jnp.asarray(sigma)[..., None, None]
+        s = channel_noise(sigma, x.shape[-1], labels)
         c_skip = SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2)
-        c_out = s * SIGMA_DATA / jnp.sqrt(s**2 + SIGMA_DATA**2)
+        c_out = SIGMA_DATA / jnp.sqrt(1.0 + (SIGMA_DATA / s) ** 2)
         c_in = 1.0 / jnp.sqrt(s**2 + SIGMA_DATA**2)
         return c_skip * x + c_out * network(c_in * x, jnp.log(sigma) / 4.0)  # c_noise
 
     return denoiser
 
 
-def edm_loss(denoiser: Callable, x, sigma, noise) -> chex.Array:
+def edm_loss(denoiser: Callable, x, sigma, noise, labels: int = LABELS) -> chex.Array:
     """x, noise (B, T, D), sigma (B,) -> weighted squared error () (EDM equations 2 and 8)."""
-    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+    weight = SIGMA_DATA**-2 + channel_noise(sigma, x.shape[-1], labels) ** -2
     error = denoiser(x + sigma[:, None, None] * noise, sigma) - x
-    return jnp.mean(weight[:, None, None] * error**2)
+    return jnp.mean(weight * error**2)
 
 
 def noise_levels(config: Config) -> chex.Array:
@@ -387,19 +390,17 @@ def sample_heun(key, denoiser: Callable, shape, sigmas, churn=(0, 0, 0, 1)):
     return denoiser(*add_noise(x, num - 1))  # the Euler step to sigma = 0, uncorrected
 
 
-def sample_sde(key, denoiser: Callable, shape, sigmas, eta=1.0, order: int = 2):
-    """Exponential integrator of the reverse-time SDE (DPM-Solver++, arXiv 2211.01095, section 5)
-    -> (shape), in N denoiser calls; arguments as of sample_heun. eta: noise re-injected per step; 0
-    is the ODE, 1 the reverse SDE. order: 2 extrapolates from the last two denoised estimates."""
+def sample_sde(key, denoiser: Callable, shape, sigmas, eta=1.0):
+    """Exponential integrator of the reverse-time SDE, of second order (DPM-Solver++, section 5 of
+    arXiv 2211.01095) -> (shape), in N denoiser calls; arguments as of sample_heun. eta: noise
+    re-injected per step; 0 is the ODE, 1 the reverse SDE."""
     num = sigmas.shape[0] - 1
     h = jnp.log(sigmas[:-2] / sigmas[1:-1])  # (N - 1,)
 
     def step(carry, i):
         x, last = carry
         denoised = denoiser(x, sigmas[i])
-        target = denoised
-        if order == 2:
-            target += jnp.where(i > 0, 0.5 * h[i] / h[i - 1] * (denoised - last), 0.0)
+        target = denoised + jnp.where(i > 0, 0.5 * h[i] / h[i - 1] * (denoised - last), 0.0)
         keep = jnp.exp(-(1.0 + eta) * h[i])
         x = keep * x + (1.0 - keep) * target
         noise = jax.random.normal(jax.random.fold_in(key, i + 1), shape)
@@ -422,10 +423,10 @@ def action_score(f: Callable) -> Callable:
 
 def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: Config) -> Callable:
     """(weight, score) pairs -> guide(D (B, T, D), sigma) -> D + v g / (1 + v k): the mean of
-    N(D, v) exp(sum weight score). A score, trajectory (..., T) -> (...), is any function that JAX
-    can differentiate, such as log pi, whose weight is the exponent lambda."""
-    join = lambda t: jnp.concatenate([t.obs, t.action, t.reward[..., None], t.done[..., None]], -1)
-    is_action = slice(dataset.obs_dim, -2)
+    N(D, v) exp(sum weight score). A score, trajectory (..., T) -> (...), is any function of the
+    states and actions that JAX can differentiate, such as log pi, whose weight is the exponent."""
+    join = lambda t: jnp.pad(jnp.concatenate([t.obs, t.action], -1), [(0, 0)] * 2 + [(0, LABELS)])
+    is_action = slice(dataset.obs_dim, -LABELS)
     gradient = jax.grad(lambda t: sum(jnp.sum(weight * score(t)) for weight, score in terms))
 
     def guide(denoised, sigma):
@@ -445,8 +446,7 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
         ahead = join(gradient(t._replace(action=act(v * g / (1.0 + v * k)))))
         k += jnp.abs(g) / jnp.sqrt(v) * (scale * ahead * g < -0.1 * g**2)
         moved = v * g / (1.0 + v * k)
-        after = act(moved)
-        z = jnp.arctanh((after - a) / jnp.maximum(1.0 - a * after, 1e-6))
+        z = jnp.arctanh((act(moved) - a) / jnp.maximum(1.0 - a * act(moved), 1e-6))
         return denoised + moved.at[..., is_action].set(z / dataset.std[is_action])
 
     return guide if terms else lambda denoised, _: denoised
@@ -553,7 +553,7 @@ def sample(key, state, dataset, config: Config, terms=(), start=None, rule=make_
     if config.sampler == "heun":
         churn = config.s_churn, config.s_tmin, config.s_tmax, config.s_noise
         return sample_heun(key, *args, churn)
-    return sample_sde(key, *args, config.eta, config.order)
+    return sample_sde(key, *args, config.eta)
 
 
 def generate(key, state, policy, weight, dataset, config, terms=(), rule=make_guide):

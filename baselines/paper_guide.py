@@ -35,6 +35,7 @@ def make_paper_guide(terms, dataset: pgd.Dataset, config: pgd.Config):
         moved = 0.0
         for weight, score in terms:
             g = jax.grad(lambda x, f=score: jnp.sum(f(dataset.split(x))))(denoised)
+            g = g.at[..., -pgd.LABELS :].set(0.0)
             norm_sq = jnp.sum(g**2, axis=(-2, -1), keepdims=True)
             moved += weight * lambda_n * g * jax.lax.rsqrt(jnp.maximum(norm_sq, 1e-12))
         return denoised + moved / (1.0 - keep)

@@ -14,7 +14,7 @@ from host.errors import UserError
 
 # Settings of the sampler and of the agent loop, which may differ from those of the earlier run
 FREE = {
-    "agent", "seed", "num_seeds", "sampler", "sample_steps", "order", "rounds", "updates",
+    "agent", "seed", "num_seeds", "sampler", "sample_steps", "rounds", "updates",
     "batch_size", "real_batch", "trajectories", "sample_batch", "buffer_rounds", "dataset_path",
     "rollout", "elites", *(name for names in flags.SAMPLE_FIELDS.values() for name in names),
 }  # fmt: skip

@@ -30,7 +30,7 @@ from host.errors import UserError, printable
 from host.files import atomic_file, atomic_path, npy_header, say
 
 PACKAGES = ("jax", "jaxlib", "optax", "chex", "gymnax", "gymnasium", "mujoco", "numpy")
-FORMAT = 3  # of a checkpoint; raised where the program takes a saved state for something else
+FORMAT = 4  # of a checkpoint; raised where the program takes a saved state for something else
 DATASET = ("mean", "std", "action_low", "action_high")  # fields that a policy needs
 STATE, PREVIOUS, LOCK = "state.npz", "state.previous.npz", ".lock"
 OF_THE_MACHINE = (  # settings that may change when a run goes on

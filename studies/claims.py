@@ -74,9 +74,7 @@ class Target(NamedTuple):
         return jax.tree.map(lambda x: x[seed], self.states)
 
 
-SAMPLER = (
-    "sampler sample_steps sigma_min sigma_max rho eta order s_churn s_tmin s_tmax s_noise".split()
-)
+SAMPLER = "sampler sample_steps sigma_min sigma_max rho eta s_churn s_tmin s_tmax s_noise".split()
 POLICY_ONLY = {"guidance": 1.0, "value_guidance": 0.0, "behaviour_guidance": 0.0}
 
 

@@ -102,12 +102,15 @@ def start_rows(denoisers: Sequence[Denoiser]) -> list[dict]:
 
 
 def steering_rows(denoiser: Denoiser) -> list[dict]:
-    """-> mean reward and dynamics error of trajectories that are guided up their own reward."""
-    score, rows = lambda t: jnp.sum(t.reward, axis=-1), []
-    for weight in (0.0, 0.02, 0.05, 0.1, 0.4):
+    """-> mean height of the tip, mean reward and dynamics error of trajectories that are guided up
+    the sum of the heights, which is the first observation."""
+    score, rows = lambda t: jnp.sum(t.obs[..., 0], axis=-1), []
+    for weight in (0.0, 0.25, 1.0, 4.0, 16.0):
         t = denoiser.sample(jax.random.key(0), [(weight, score)])
         error = float(np.nanmean(dynamics_error(denoiser, t)))
-        rows.append({"weight": weight, "mean_reward": float(t.reward.mean()), "error": error})
+        mean, std = claims.obs_scale(denoiser.session.dataset)
+        row = {"weight": weight, "height": float(t.obs[..., 0].mean() * std[0] + mean[0])}
+        rows.append(row | {"mean_reward": float(t.reward.mean()), "error": error})
     return rows
 
 
@@ -151,7 +154,7 @@ def evaluation_rows(denoiser: Denoiser) -> list[dict]:
         policy = claims.shipped_policy(f"pendulum-{name}", dataset)
         act = pgd.make_act(agents.sac_n(), policy, dataset)
         found = [("simulator", "", evaluate(key, act))]
-        found += [("denoiser", f"{w:g}", estimate(key, policy, w)) for w in (0.0, 0.25, 1.0)]
+        found += [("denoiser", f"{w:g}", estimate(key, policy, w)) for w in (0.0, 4.0, 64.0)]
         for judge, weight, returns in found:
             row = {"run": denoiser.name, "policy": name, "judge": judge, "guidance": weight}
             row |= {"return": float(returns.mean())}

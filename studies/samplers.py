@@ -41,7 +41,7 @@ from studies.figures import ORDER, new_figure, save_figure
 HEUN = {"sampler": "heun", "sigma_max": 80.0, "sigma_min": 0.002, "rho": 7.0}
 SDE = {"sampler": "sde", "sigma_max": 20.0, "sigma_min": 0.01, "rho": 7.0}
 WIDE = SDE | {"sigma_max": 80.0}
-FIELDS = "sampler", "sigma_max", "sigma_min", "rho", "eta", "order"
+FIELDS = "sampler", "sigma_max", "sigma_min", "rho", "eta"
 DEFAULT = {name: getattr(pgd.Config, name) for name in FIELDS}
 
 
@@ -56,15 +56,10 @@ class Family(NamedTuple):
 FAMILIES = {
     "stochastic Heun": Family(HEUN, (256, 128, 64, 32, 16), (ORDER[0], "-")),
     "deterministic Heun": Family(HEUN | {"s_churn": 0.0}, (128, 32, 16), (ORDER[0], "--")),
-    "DPM++ 2M": Family(WIDE | {"eta": 0.0, "order": 2}, (64, 32, 16), (ORDER[2], "--")),
-    "DPM++ 2M SDE": Family(WIDE | {"eta": 1.0, "order": 2}, (64, 32, 16), (ORDER[2], "-")),
-    "SDE, eta 8, order 1": Family(SDE | {"eta": 8.0, "order": 1}, (64, 32, 16), (ORDER[1], "--")),
-    "SDE, eta 8, order 2": Family(
-        SDE | {"eta": 8.0, "order": 2}, (64, 32, 24, 16), (ORDER[1], "-")
-    ),
-    "SDE, eta 8, order 2, sigma_max 80": Family(
-        WIDE | {"eta": 8.0, "order": 2}, (64, 32), (ORDER[1], ":")
-    ),
+    "DPM++ 2M": Family(WIDE | {"eta": 0.0}, (64, 32, 16), (ORDER[2], "--")),
+    "DPM++ 2M SDE": Family(WIDE | {"eta": 1.0}, (64, 32, 16), (ORDER[2], "-")),
+    "SDE, eta 8": Family(SDE | {"eta": 8.0}, (64, 32, 24, 16), (ORDER[1], "-")),
+    "SDE, eta 8, sigma_max 80": Family(WIDE | {"eta": 8.0}, (64, 32), (ORDER[1], ":")),
     "the default": Family(DEFAULT, (64, 32, 16), (ORDER[3], "-")),
 }
 REFERENCE = "stochastic Heun", 256
@@ -291,7 +286,7 @@ def spread_of_gaussian(config: pgd.Config, num: int = 100_000) -> np.ndarray:
         churn = config.s_churn, config.s_tmin, config.s_tmax, config.s_noise
         x = jax.jit(lambda key: pgd.sample_heun(key, *args, churn))(key)
     else:
-        x = jax.jit(lambda key: pgd.sample_sde(key, *args, config.eta, config.order))(key)
+        x = jax.jit(lambda key: pgd.sample_sde(key, *args, config.eta))(key)
     return np.asarray(x.std((0, 1)) / jnp.sqrt(variance))
 
 

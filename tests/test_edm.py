@@ -38,7 +38,7 @@ def test_schedule_runs_from_sigma_max_to_sigma_min_then_zero(rho):
 
 
 def test_preconditioned_zero_network_is_the_exact_denoiser_of_unit_gaussian_data():
-    denoiser = pgd.precondition(lambda x, c_noise: jnp.zeros_like(x))
+    denoiser = pgd.precondition(lambda x, c_noise: jnp.zeros_like(x), labels=0)
     x = jax.random.normal(jax.random.key(0), (5, 4, 3))
     sigma = jnp.array([0.01, 0.1, 1.0, 10.0, 80.0])
     np.testing.assert_allclose(denoiser(x, sigma), x / (1 + sigma[:, None, None] ** 2), rtol=1e-6)
@@ -55,7 +55,7 @@ def test_preconditioning_keeps_input_and_target_at_unit_variance():
     x0, noise = jax.random.normal(key_x, (20_000, 1, 1)), jax.random.normal(key_n, (20_000, 1, 1))
     for s in (0.05, 1.0, 20.0):
         sigma = jnp.full(20_000, s)
-        denoiser = pgd.precondition(network)
+        denoiser = pgd.precondition(network, labels=0)
         skip = denoiser(x0 + s * noise, sigma)
         assert np.std(seen["x"]) == pytest.approx(1.0, abs=0.02)
         np.testing.assert_allclose(seen["c_noise"], np.log(s) / 4, rtol=1e-5)
@@ -66,16 +66,35 @@ def test_preconditioning_keeps_input_and_target_at_unit_variance():
 def test_loss_of_the_exact_denoiser_of_unit_gaussian_data_is_one_at_every_noise_level():
     key_x, key_n = jax.random.split(jax.random.key(0))
     x, noise = jax.random.normal(key_x, (4096, 4, 3)), jax.random.normal(key_n, (4096, 4, 3))
-    denoiser = pgd.precondition(lambda x, c_noise: jnp.zeros_like(x))
-    for s in (0.02, 0.3, 5.0):
-        loss = pgd.edm_loss(denoiser, x, jnp.full(4096, s), noise)
-        assert float(loss) == pytest.approx(1.0, abs=0.03)
+    for labels in (0, 2):
+        denoiser = pgd.precondition(lambda x, c_noise: jnp.zeros_like(x), labels)
+        for s in (0.02, 0.3, 5.0):
+            loss = pgd.edm_loss(denoiser, x, jnp.full(4096, s), noise, labels)
+            assert float(loss) == pytest.approx(1.0, abs=0.03)
+
+
+def test_labels_are_not_seen_and_are_what_the_network_says_at_every_noise_level():
+    """Reward and done, the last two of a step's channels, whose noise counts as infinite."""
+    seen, said = [], jax.random.normal(jax.random.key(1), (3, 4, 5))
+    denoiser = pgd.precondition(lambda x, c_noise: seen.append(np.asarray(x)) or said)
+    x, sigma = jax.random.normal(jax.random.key(0), (3, 4, 5)), jnp.array([0.02, 1.0, 40.0])
+    made = denoiser(x, sigma)
+    c_in, c_skip = 1 / np.sqrt(1 + sigma[:, None, None] ** 2), 1 / (1 + sigma[:, None, None] ** 2)
+    np.testing.assert_allclose(seen[0][..., :3], (c_in * x)[..., :3], rtol=1e-6)
+    np.testing.assert_array_equal(seen[0][..., 3:], 0.0)
+    np.testing.assert_allclose(made[..., 3:], said[..., 3:], rtol=1e-6)
+    expected = c_skip * x + sigma[:, None, None] * c_in * said
+    np.testing.assert_allclose(made[..., :3], expected[..., :3], rtol=1e-5, atol=1e-6)
+    # the squared error of a label counts once, whatever the noise
+    wrong = lambda x, sigma: x0 + jnp.array([0.0, 0.0, 0.0, 2.0, 1.0])
+    x0 = jnp.zeros((3, 4, 5))
+    assert float(pgd.edm_loss(wrong, x0, sigma, x0)) == pytest.approx((4.0 + 1.0) / 5)
 
 
 def test_loss_does_not_depend_on_the_order_of_the_batch():
     config = pgd.Config(features=8, blocks=1)
     params = jax.jit(lambda key: shaken(pgd.init_unet(key, 4, 4, config)))(jax.random.key(0))
-    denoiser = pgd.precondition(lambda x, c: pgd.unet(params, x, c, config))
+    denoiser = pgd.precondition(lambda x, c: pgd.unet(params, x, c, config))  # 2 are labels
     key_x, key_n, key_s = jax.random.split(jax.random.key(1), 3)
     x, noise = jax.random.normal(key_x, (8, 16, 4)), jax.random.normal(key_n, (8, 16, 4))
     sigma = jnp.exp(jax.random.normal(key_s, (8,)))
@@ -149,17 +168,16 @@ def test_the_denoiser_is_asked_at_every_level_in_order_and_last_of_all(sampler):
     np.testing.assert_array_equal(x, 3.0)  # the sample is what it says at the last level
 
 
-@pytest.mark.parametrize("order, at_least", [(1, 1.7), (2, 3.0)])
-def test_deterministic_exponential_integrator_converges_at_its_order(order, at_least):
+def test_deterministic_exponential_integrator_converges_at_second_order():
     """To the exact solution of the probability-flow ODE of a Gaussian."""
     key, shape, error = jax.random.key(3), (64, 4, 2), []
     for num in (32, 64, 128):
         sigmas = pgd.noise_levels(pgd.Config(sample_steps=num, sigma_min=0.002))
-        x = pgd.sample_sde(key, gaussian_denoiser, shape, sigmas, eta=0.0, order=order)
+        x = pgd.sample_sde(key, gaussian_denoiser, shape, sigmas, eta=0.0)
         start = sigmas[0] * jax.random.normal(jax.random.fold_in(key, 0), shape)
         exact = MU + (start - MU) * S / np.sqrt(S**2 + float(sigmas[0]) ** 2)
         error.append(float(np.abs(x - exact).max()))
-    assert error[0] / error[1] > at_least and error[1] / error[2] > at_least
+    assert error[0] / error[1] > 3.0 and error[1] / error[2] > 3.0
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0, 8.0])
@@ -236,8 +254,8 @@ def test_stochastic_sampler_is_edms_algorithm_2(churn):
     np.testing.assert_allclose(ours, x, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("eta, order", [(0.0, 2), (1.0, 1), (3.0, 2)])
-def test_exponential_integrator_is_dpm_solver_plus_plus(eta, order):
+@pytest.mark.parametrize("eta", [0.0, 1.0, 3.0])
+def test_exponential_integrator_is_dpm_solver_plus_plus(eta):
     key, shape = jax.random.key(4), (6, 4, 2)
     sigmas = pgd.noise_levels(pgd.Config(sample_steps=10))
     t, n, last, h_last = np.asarray(sigmas, np.float64), 10, None, None
@@ -246,21 +264,22 @@ def test_exponential_integrator_is_dpm_solver_plus_plus(eta, order):
     for i in range(n - 1):
         denoised = gaussian_denoiser(x, t[i])
         h, target = np.log(t[i] / t[i + 1]), denoised
-        if order == 2 and last is not None:
+        if last is not None:
             target = denoised + 0.5 * h / h_last * (denoised - last)
         keep = np.exp(-(1 + eta) * h)
         x = keep * x + (1 - keep) * target
         x = x + t[i + 1] * np.sqrt(1 - np.exp(-2 * eta * h)) * noise[i + 1]
         last, h_last = denoised, h
     x = gaussian_denoiser(x, t[n - 1])
-    ours = jax.jit(lambda k: pgd.sample_sde(k, gaussian_denoiser, shape, sigmas, eta, order))(key)
+    ours = jax.jit(lambda k: pgd.sample_sde(k, gaussian_denoiser, shape, sigmas, eta))(key)
     np.testing.assert_allclose(ours, x, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("levels", [1, 3])
 def test_training_approaches_the_exact_denoiser_of_a_gaussian_process(levels):
-    """Windows of an AR(1) process are N(0, C), so D(x; sigma) = C (C + sigma^2 I)^-1 x exactly."""
+    """Windows of an AR(1) process are N(0, C), so D(x; sigma) = C (C + sigma^2 I)^-1 x exactly. The
+    reward is the observation, but it is not seen: its mean is D of the observation."""
     rho, horizon, n = 0.95, 16, 20_000
     rng = np.random.default_rng(0)
     z = np.empty(n, np.float32)
@@ -294,16 +313,13 @@ def test_training_approaches_the_exact_denoiser_of_a_gaussian_process(levels):
     x0 = dataset.windows(jax.random.key(5), dataset.val_starts, 256, horizon)
     for sigma in (0.2, 1.0):
         noisy = x0 + sigma * jax.random.normal(jax.random.key(6), x0.shape)
-        # observation and reward are two noisy looks at the same process: their mean has half the
-        # noise
-        both = (noisy[..., 0] + noisy[..., 2]) / 2
-        exact = both @ (cov @ np.linalg.inv(cov + sigma**2 / 2 * np.eye(horizon))).T
+        exact = noisy[..., 0] @ (cov @ np.linalg.inv(cov + sigma**2 * np.eye(horizon))).T
         error = []
         for params in (state.params, trained.ema):
             denoiser = pgd.precondition(lambda x, c, p=params: pgd.unet(p, x, c, config))
             denoised = jax.jit(denoiser)(noisy, jnp.full(256, sigma))
-            error.append(np.mean((denoised[..., 0] - exact) ** 2))
-        assert error[1] < 0.1 * error[0], (sigma, error)
+            error.append(np.mean((denoised[..., [0, 2]] - exact[..., None]) ** 2, (0, 1)))
+        assert np.all(error[1] < 0.1 * error[0]), (sigma, error)
 
 
 @pytest.mark.parametrize("gap", [1, 3, 9])

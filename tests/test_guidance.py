@@ -275,8 +275,8 @@ def q_value(obs, action):
 
 
 def mine(t):
-    """A user's own: reward, and a first observation near 1 in its first entry."""
-    return jnp.sum(t.reward, axis=-1) - 2.0 * (t.obs[..., 0, 0] - 1.0) ** 2
+    """A user's own: up in the last observation, and near 1 in the first entry of the first."""
+    return jnp.sum(t.obs[..., 2], axis=-1) - 2.0 * (t.obs[..., 0, 0] - 1.0) ** 2
 
 
 def bowl(obs, action):
@@ -347,14 +347,19 @@ def test_a_tanh_gaussian_policy_is_followed_to_its_mode_and_not_past_it(std):
 def test_a_quadratic_score_of_ones_own_is_met_and_a_straight_one_is_followed():
     moved, x, dataset = moved_by([(1e6, mine)], sigma=1.0)
     np.testing.assert_allclose((x + moved)[:, 0, 0], 1.0, atol=1e-3)  # the top of the quadratic
-    np.testing.assert_allclose(moved[..., 5], np.sqrt(0.5), rtol=1e-3)  # sqrt(v), up in reward
+    np.testing.assert_allclose(moved[..., 2], np.sqrt(0.5), rtol=1e-3)  # sqrt(v), up
     rest = moved.copy()
-    rest[:, 0, 0] = 0
-    assert np.all(rest[..., :5] == 0) and np.all(rest[..., 6] == 0)
+    rest[:, 0, 0] = rest[..., 2] = 0
+    assert np.all(rest == 0)
     # and little weight moves by weight v g
     small, *_ = moved_by([(1e-4, mine)], sigma=1.0)
-    np.testing.assert_allclose(small[..., 5], 0.5e-4 * dataset.std[5], rtol=1e-2)
+    np.testing.assert_allclose(small[..., 2], 0.5e-4, rtol=1e-2)
     np.testing.assert_allclose(small[:, 0, 0], -2e-4 * (x[:, 0, 0] - 1.0), rtol=1e-2, atol=1e-8)
+
+
+def test_a_label_follows_from_the_states_and_actions_and_is_not_moved():
+    moved, *_ = moved_by([(1e6, lambda t: jnp.sum(t.reward, axis=-1))])
+    assert np.all(moved == 0)
 
 
 def test_weights_of_one_score_add_up():

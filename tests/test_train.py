@@ -408,7 +408,7 @@ def test_bfloat16_activations_keep_float32_parameters_and_nearly_the_same_loss()
 
 
 SAMPLER = {
-    "sample_steps": 6, "sigma_min": 0.03, "sigma_max": 7.0, "rho": 3.0, "eta": 0.6, "order": 1,
+    "sample_steps": 6, "sigma_min": 0.03, "sigma_max": 7.0, "rho": 3.0, "eta": 0.6,
     "s_churn": 1.3, "s_tmin": 0.1, "s_tmax": 3.0, "s_noise": 1.2,
 }  # fmt: skip
 
@@ -428,7 +428,7 @@ def test_a_sample_is_the_samplers_with_the_settings_and_the_averaged_parameters(
     denoiser = pgd.precondition(lambda x, c: pgd.unet(ema, x, c, config))
     args = denoiser, (4, 8, 7), sigmas
     if name == "sde":
-        expected = jax.jit(lambda k: pgd.sample_sde(k, *args, eta=0.6, order=1))(key)
+        expected = jax.jit(lambda k: pgd.sample_sde(k, *args, eta=0.6))(key)
     else:
         churn = (1.3, 0.1, 3.0, 1.2)
         expected = jax.jit(lambda k: pgd.sample_heun(k, *args, churn))(key)
