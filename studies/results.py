@@ -48,17 +48,17 @@ BODY = (  # half of each batch is real, as chosen on hopper-medium-replay
     "--num-seeds 4 --sample-steps 16 --preset laptop --features 64 --hyper.hidden 128 128 "
     "--updates 2500 --trajectories 1024 --buffer-rounds 4 --real-batch 128 --model-steps 10000"
 )
-GUIDANCE = "64"  # lambda, chosen on pendulum-random and hopper-medium-replay
+GUIDANCE = "64"  # lambda, chosen on pendulum-random, reacher-random and hopper-medium-replay
 GYMNAX = {  # name, or name@N for the first N steps of its log -> flags
     "pendulum-random": SMALL,
     "swimmer-random": SMALL,
     "reacher-random": SMALL,
-    "mountaincar-continuous-random": SMALL,
-    "swimmer-random@1000": SMALL,
     "reacher-medium-replay": SMALL,
+    "mountaincar-continuous-random": SMALL,
+    "reacher-medium-replay@1000": SMALL,
     "swimmer-medium-replay": SMALL,
     "mountaincar-continuous-medium-replay": SMALL,
-    "swimmer-random@10000": SMALL,
+    "reacher-medium-replay@10000": SMALL,
     "pendulum-medium-replay": SMALL,
 }
 MUJOCO = {
@@ -77,6 +77,7 @@ MEDIUM = {
 }
 DEVELOPMENT = {  # settings were chosen on these logs: they have a line in the tables of the tasks,
     "pendulum-random",  # and no part in the aggregate
+    "swimmer-random",
     "reacher-random",
     "pendulum-medium-replay",
     "collect:hopper-medium-replay",
