@@ -432,12 +432,12 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
     def guide(denoised, sigma):
         v = (sigma**2 * SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2))[..., None, None]
         t, dt = jax.jvp(dataset.split, (denoised,), (jnp.ones_like(denoised),))
-        ones, scale = jax.tree.map(jnp.ones_like, t), join(dt)
-        reach = 2.0 * join(dt._replace(action=ones.action))  # an action's whole range, or 2 std
+        t = t._replace(reward=None, done=None)  # no score sees them
+        scale, reach = join(dt), 2.0 * join(dt._replace(action=jnp.ones_like(t.action)))
         # Gradient, and Gauss-Newton curvature by row sums of the Hessian, in a step's own units
-        g, h = map(join, jax.jvp(gradient, (t,), (ones,)))
+        g, h = map(join, jax.jvp(gradient, (t,), (jax.tree.map(jnp.ones_like, t),)))
         k = jax.nn.relu(-h)
-        # A gradient moves about sqrt(v) where no curvature stops it within reach
+        # A gradient moves about sqrt(v) where no curvature stops it within all actions, or 2 std
         k = k * scale**2 + jax.nn.relu(jnp.abs(g) - reach * k) * scale / jnp.sqrt(v)
         # An action moves on its own side of tanh, which is not straight, up to the log's bounds
         g, a, bound = g * scale, t.action, jnp.maximum(jnp.abs(t.action), 0.999)

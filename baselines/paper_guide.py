@@ -22,6 +22,8 @@ def make_paper_guide(terms, dataset: pgd.Dataset, config: pgd.Config):
     """
     low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
 
+    seen = lambda x: dataset.split(x)._replace(reward=None, done=None)
+
     def guide(denoised, sigma):
         n = (high - sigma ** (1 / config.rho)) / (high - low)  # n / N (EDM equation 5)
         lambda_n = 256 / config.sample_steps * jax.nn.relu(1 - n + 0.3 * jnp.sin(jnp.pi * n))
@@ -34,8 +36,7 @@ def make_paper_guide(terms, dataset: pgd.Dataset, config: pgd.Config):
             keep = jnp.exp(-h) / (1.0 + jnp.where(churned, gamma, 0.0))
         moved = 0.0
         for weight, score in terms:
-            g = jax.grad(lambda x, f=score: jnp.sum(f(dataset.split(x))))(denoised)
-            g = g.at[..., -pgd.LABELS :].set(0.0)
+            g = jax.grad(lambda x, f=score: jnp.sum(f(seen(x))))(denoised)
             norm_sq = jnp.sum(g**2, axis=(-2, -1), keepdims=True)
             moved += weight * lambda_n * g * jax.lax.rsqrt(jnp.maximum(norm_sq, 1e-12))
         return denoised + moved / (1.0 - keep)

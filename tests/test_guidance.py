@@ -358,8 +358,13 @@ def test_a_quadratic_score_of_ones_own_is_met_and_a_straight_one_is_followed():
 
 
 def test_a_label_follows_from_the_states_and_actions_and_is_not_moved():
-    moved, *_ = moved_by([(1e6, lambda t: jnp.sum(t.reward, axis=-1))])
-    assert np.all(moved == 0)
+    moved, *_ = moved_by([(1e6, mine)])
+    assert np.all(moved[..., -2:] == 0)
+    dataset = pgd.make_dataset(toy_log(), CONFIG)
+    for rule in (pgd.make_guide, make_paper_guide):  # a score of rewards would do nothing
+        guide = rule([(1.0, lambda t: jnp.sum(t.reward, axis=-1))], dataset, CONFIG)
+        with pytest.raises(TypeError):
+            guide(jnp.zeros((5, 8, 7)), jnp.float32(1.0))
 
 
 def test_weights_of_one_score_add_up():
@@ -440,7 +445,7 @@ def test_the_papers_rule_gives_every_trajectory_the_same_length_of_push():
     np.testing.assert_allclose(np.std(lengths[3]) / np.mean(lengths[3]), 0.0, atol=1e-3)
     assert np.all(np.asarray(lengths[-2]) < 1e-4)  # none at the last level
     assert np.all(np.asarray(lengths[0]) > 0.1)
-    nothing = make_paper_guide([(1.0, lambda t: 0.0 * t.reward.sum(-1))], dataset, CONFIG)
+    nothing = make_paper_guide([(1.0, lambda t: 0.0 * t.obs.sum((-2, -1)))], dataset, CONFIG)
     np.testing.assert_array_equal(nothing(x, jnp.float32(1.0)), x)
 
 
