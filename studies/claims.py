@@ -645,8 +645,11 @@ def draw_likelihood(path: Path, rows: list[dict], title: str) -> None:
             line(ax, range(len(weights)), bands, name, colour, marker="o", ms=3)
     for ax, whose in zip(axes[0], ("the target policy", "the clone")):
         ax.set_xticks(range(len(weights)), [f"{w:g}" for w in weights])
-        ax.set(xlabel=WEIGHT, ylabel=f"likelihood under {whose}, less unguided (nats)")
-        ax.set_yscale("symlog", linthresh=1.0)
+        ax.set(xlabel=WEIGHT, title=f"under {whose}")
+        if np.abs(ax.get_ylim()).max() > 5.0:  # some targets are far from the log
+            ax.set_yscale("symlog", linthresh=1.0)
+            ax.yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set(ylabel="log-likelihood less unguided (nats)")
     axes[0, 1].legend()
     figure.suptitle(title)
     save_figure(path, figure)
