@@ -437,7 +437,7 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
         # Gradient, and Gauss-Newton curvature by row sums of the Hessian, in a step's own units
         g, h = map(join, jax.jvp(gradient, (t,), (jax.tree.map(jnp.ones_like, t),)))
         k = jax.nn.relu(-h)
-        # A gradient moves about sqrt(v) where no curvature stops it within all actions, or 2 std
+        # A gradient moves about sqrt(v) where no curvature stops it in an action's range or 2 std
         k = k * scale**2 + jax.nn.relu(jnp.abs(g) - reach * k) * scale / jnp.sqrt(v)
         # An action moves on its own side of tanh, which is not straight, up to the log's bounds
         g, a, bound = g * scale, t.action, jnp.maximum(jnp.abs(t.action), 0.999)

@@ -10,8 +10,8 @@ The program makes target policies at growing distance from the behaviour policy 
 the diffusion model, at every guidance weight and with the paper's rule as well, and the world model
 for trajectories under each target. The simulator judges the trajectories. The program saves
 likelihood, dynamics, coverage and trajectories, each as csv and png, and the trade-off between
-likelihood and dynamics error. It prints the tables of docs/claims.md. Intervals are 95 % intervals
-over seeds.
+likelihood and dynamics error. It prints a table of the likelihoods and one of the errors. Intervals
+are 95 % intervals over seeds.
 """
 
 import contextlib

@@ -231,7 +231,7 @@ def test_guidance_makes_actions_likelier_under_the_target(analysed):
         and (x["target"], x["seed"]) == (r["target"], r["seed"])
     ][0]  # fmt: skip
     for r in rows[1:]:
-        assert pick(r, 4.0) > pick(r, 0.0)
+        assert min(pick(r, 4.0), pick(r, 64.0)) > pick(r, 0.0)
         assert pick(r, 64.0) > pick(r, 4.0) - 0.02  # the models are of toy size
         by_paper = [float(x["log_prob_target"]) for x in rows if x["model"] == "paper"
                     and (x["target"], x["seed"]) == (r["target"], r["seed"])]  # fmt: skip
