@@ -235,7 +235,7 @@ def test_guidance_makes_actions_likelier_under_the_target(analysed):
         assert pick(r, 64.0) > pick(r, 4.0) - 0.02  # the models are of toy size
         by_paper = [float(x["log_prob_target"]) for x in rows if x["model"] == "paper"
                     and (x["target"], x["seed"]) == (r["target"], r["seed"])]  # fmt: skip
-        assert pick(r, 0.0) < by_paper[0] != pick(r, 4.0)
+        assert by_paper[0] > pick(r, 4.0)  # 0.05 would hardly move them as an exponent
 
 
 @pytest.mark.slow
