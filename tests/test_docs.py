@@ -166,9 +166,17 @@ def test_the_table_of_faults_is_the_campaigns():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+    for target, section in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+            to = page.parent / target if target else page
+            assert to.exists(), f"{page.name}: {target}"
+            assert not section or section in sections(to), f"{page.name}: {target}#{section}"
+
+
+def sections(page) -> set[str]:
+    """The names by which a link reaches each heading of a page, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
