@@ -34,7 +34,7 @@ import numpy as np
 
 import agents
 import pgd
-from baselines import world_model
+from baselines import plain_agents, world_model
 from host import cli, collect, envs, flags, gym_envs, run_folder, spread
 from host.errors import UserError
 from studies.common import Parser, run_study
@@ -82,6 +82,21 @@ def timed(f: Callable, repeats: int) -> Times:
         jax.block_until_ready(f())
         seconds.append(time.perf_counter() - start)
     return Times(seconds)
+
+
+def alternately(fs: Sequence[Callable], repeats: int) -> list[Times]:
+    """Call each f() once, and then time them in turn, `repeats` times each: what else the machine
+    does falls on all of them alike."""
+    for f in fs:
+        jax.block_until_ready(f())
+    found = [[timed(f, 1).seconds[0] for f in fs] for _ in range(repeats)]
+    return [Times(list(seconds)) for seconds in zip(*found)]
+
+
+def bind(f: Callable, *args) -> Callable:
+    """-> a call of f, compiled once, with these arguments."""
+    program = jax.jit(f)
+    return lambda: program(*args)
 
 
 def measure(f: Callable, *args, repeats: int) -> Measured:
@@ -340,16 +355,18 @@ def convolutions_by_xla():
     return mock.patch.multiple(pgd, unfold=Unfolded, dense=dense_by_xla)
 
 
-def compared(what: str, ours: Times, plain: str, theirs: Times, per: float = 1.0) -> dict:
-    """-> a row; the ratio is above 1 where the project's way is faster."""
+def compared(what: str, ours: Callable, plain: str, theirs: Callable, repeats: int, per=1.0):
+    """-> a row of two calls, timed in turn; the ratio is above 1 where ours is faster."""
+    ours, theirs = alternately((ours, theirs), repeats)
     row = {"what": what} | ours.ms(per) | {"plain": plain} | theirs.ms(per, "plain_")
     return row | {"ratio": theirs.median / ours.median}
 
 
 def bench_plain(dataset: pgd.Dataset, repeats: int):
     """-> rows of each part, with the plain way of doing the same."""
+    yield from plain_agents_of(dataset, repeats)
     yield from plain_fit(dataset, repeats)
-    yield from plain_agent(dataset, repeats)
+    yield from plain_loop(dataset, repeats)
     yield from plain_batches(dataset, repeats)
     yield from plain_seeds(dataset, min(3, repeats))
 
@@ -361,12 +378,12 @@ def plain_fit(dataset: pgd.Dataset, repeats: int, features: int = 64, steps: int
     )
     diffusion, key = pgd.make_diffusion(config), jax.random.key(0)
     state = jax.jit(diffusion.init)(key, dataset)
-    ours = measure(diffusion.fit, key, state, dataset, repeats=repeats).times
+    ours = bind(diffusion.fit, key, state, dataset)
     what = f"denoiser training step, {features} features, batch 16"
     with convolutions_by_xla():
-        fit = pgd.make_diffusion(config).fit  # a new one, since jit knows the old
-        theirs = measure(fit, key, state, dataset, repeats=repeats).times
-    yield compared(what, ours, "the same with lax.conv", theirs, steps)
+        theirs = bind(pgd.make_diffusion(config).fit, key, state, dataset)
+        jax.block_until_ready(theirs())  # compiles it here
+    yield compared(what, ours, "the same with lax.conv", theirs, repeats, steps)
 
     step = jax.jit(pgd.make_diffusion(dataclasses.replace(config, fit_chunk=1)).fit)
 
@@ -377,16 +394,32 @@ def plain_fit(dataset: pgd.Dataset, repeats: int, features: int = 64, steps: int
             float(metrics["loss"])  # as a loop that logs its loss does
         return model
 
-    loop()
-    theirs = timed(loop, repeats)
-    yield compared(what, ours, "a Python loop around one jitted step", theirs, steps)
+    yield compared(what, ours, "a Python loop around one jitted step", loop, repeats, steps)
 
 
-def plain_agent(dataset: pgd.Dataset, repeats: int, num: int = 100, seeds: int = 4):
-    """-> rows of an agent's update, of one seed and of several."""
+def plain_agents_of(dataset: pgd.Dataset, repeats: int, num: int = 100, seeds: int = 8):
+    """-> rows of the updates of TD3+BC, ReBRAC and IQL, of one seed and of several; the plain ones
+    are those of baselines/plain_agents.py."""
+    key = jax.random.key(0)
+    keys = jax.random.split(key, seeds)
+    for name in ("td3_bc", "rebrac", "iql"):
+        one, many = [], []
+        for agent in (agents.make_agent(name), plain_agents.make_plain(name)):
+            run, init = updates_of(agent, num), lambda key: agent.init(key, OBS, ACT)
+            one.append(bind(run, key, init(key), dataset))
+            over_seeds = jax.vmap(run, in_axes=(0, 0, None))
+            many.append(bind(over_seeds, keys, jax.vmap(init)(keys), dataset))
+        plain = "separate networks, optimisers and passes"
+        per = num * agents.make_agent(name).batches_per_update
+        what = f"{name} update" + ", per critic update" * (name != "iql")
+        yield compared(what, one[0], plain, one[1], repeats, per)
+        yield compared(f"{what}, {seeds} seeds", many[0], plain, many[1], repeats, per)
+
+
+def plain_loop(dataset: pgd.Dataset, repeats: int, num: int = 100, seeds: int = 4):
+    """-> rows of an agent's update, against a loop in Python and against seeds one by one."""
     agent, key = agents.td3_bc(), jax.random.key(0)
     state, run = agent.init(key, OBS, ACT), updates_of(agent, num)
-    ours = measure(run, key, state, dataset, repeats=repeats).times
     single = jax.jit(updates_of(agent, 1))
 
     def loop():
@@ -396,38 +429,34 @@ def plain_agent(dataset: pgd.Dataset, repeats: int, num: int = 100, seeds: int =
             float(metrics["q"])
         return learner
 
-    loop()
-    theirs = timed(loop, repeats)
-    yield compared("td3_bc update", ours, "a Python loop around one jitted step", theirs, num)
+    ours, plain = bind(run, key, state, dataset), "a Python loop around one jitted step"
+    yield compared("td3_bc update", ours, plain, loop, repeats, num)
 
     keys = jax.random.split(key, seeds)
     states = jax.vmap(lambda key: agent.init(key, OBS, ACT))(keys)
-    many = jax.vmap(run, in_axes=(0, 0, None))
-    ours = measure(many, keys, states, dataset, repeats=repeats).times
+    ours = bind(jax.vmap(run, in_axes=(0, 0, None)), keys, states, dataset)
     in_turn = lambda keys, states, data: jax.lax.map(lambda x: run(*x, data), (keys, states))
-    theirs = measure(in_turn, keys, states, dataset, repeats=repeats).times
+    theirs = bind(in_turn, keys, states, dataset)
     plain = "one after another in the program (lax.map)"
-    yield compared(f"td3_bc update of {seeds} seeds", ours, plain, theirs, num)
+    yield compared(f"td3_bc update of {seeds} seeds", ours, plain, theirs, repeats, num)
 
 
 def plain_batches(dataset: pgd.Dataset, repeats: int):
     """-> rows of drawing a batch."""
     key = jax.random.key(0)
-    ours = measure(lambda key, data: data.sample(key, 256), key, dataset, repeats=repeats).times
+    ours = bind(lambda key, data: data.sample(key, 256), key, dataset)
     choose = lambda key, data: data.transitions(
         jax.random.choice(key, data.usable.shape[0], (256,), replace=False)
     )
-    theirs = measure(choose, key, dataset, repeats=repeats).times
     plain = "without replacement, as torch loaders do"
-    yield compared("a batch of 256 of the log", ours, plain, theirs)
+    theirs = bind(choose, key, dataset)
+    yield compared("a batch of 256 of the log", ours, plain, theirs, repeats)
 
     windows = dataset.steps[dataset.train_starts[: 2**15, None] + jnp.arange(HORIZON)]
-    draw = lambda key, data: data.windows(key, data.train_starts, 16, HORIZON)
-    ours = measure(draw, key, dataset, repeats=repeats).times
-    stored = lambda key, w: w[jax.random.randint(key, (16,), 0, len(w))]
-    theirs = measure(stored, key, windows, repeats=repeats).times
+    ours = bind(lambda key, d: d.windows(key, d.train_starts, 16, HORIZON), key, dataset)
+    theirs = bind(lambda key, w: w[jax.random.randint(key, (16,), 0, len(w))], key, windows)
     plain = "from a stored copy of windows (25 times the memory)"
-    yield compared("16 windows gathered from flat steps", ours, plain, theirs)
+    yield compared("16 windows gathered from flat steps", ours, plain, theirs, repeats)
 
 
 def plain_seeds(dataset: pgd.Dataset, repeats: int, seeds: int = 4):
@@ -442,10 +471,9 @@ def plain_seeds(dataset: pgd.Dataset, repeats: int, seeds: int = 4):
         jax.clear_caches()
         return jax.jit(whole_run(program))(runs, dataset)
 
-    ours = timed(lambda: fresh(seeds), repeats)
-    theirs = timed(lambda: [fresh(1) for _ in range(seeds)], repeats)
     what = f"{seeds} seeds of a short run, compilation included"
-    yield compared(what, ours, "one program per seed", theirs)
+    each = lambda: [fresh(1) for _ in range(seeds)]
+    yield compared(what, lambda: fresh(seeds), "one program per seed", each, repeats)
 
 
 # --- Runs from a shell ---

@@ -12,6 +12,7 @@ import pytest
 
 import agents
 import pgd
+from baselines import plain_agents
 
 O, A, B = 3, 2, 64
 NETS = {"actor", "critic", "value", "log_alpha"}
@@ -758,3 +759,34 @@ def test_the_module_imports_nothing_of_this_project():
         if isinstance(node, ast.ImportFrom):
             found.add(node.module.split(".")[0])
     assert found - set(sys.stdlib_module_names) == {"chex", "jax", "optax"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["td3_bc", "rebrac", "iql"])
+def test_the_plain_way_of_an_update_gives_the_same(name):
+    """Against the plain agents of studies/speed.py, with the networks and batches of the default."""
+    ours, plain = make(name), plain_agents.make_plain(name)
+    dataset = batch(jax.random.key(1), 512)
+    start = jax.random.key(0)
+
+    def after(agent, num):
+        draw = lambda key: jax.tree.map(
+            lambda x: x[jax.random.randint(key, (128,), 0, 512)], dataset
+        )
+        state = agent.init(start, O, A)
+        return jax.jit(lambda s: pgd.update_agent(start, agent, s, draw, num)[0])(state)
+
+    state, learner = after(ours, 5), after(plain, 5)
+    wanted = {"actor": state.actor} | plain_agents.separate(state.critic)
+    targets = plain_agents.separate(state.critic_target)
+    if name == "iql":
+        wanted["value"] = state.value
+    else:
+        targets["actor"] = state.actor_target
+    first = plain.init(start, O, A)
+    moved = lambda a, b: float(max(jax.tree.leaves(jax.tree.map(lambda x, y: abs(x - y).max(), a, b))))
+    for key, params in wanted.items():
+        assert moved(params, first.params[key]) > 1e-3
+        assert moved(params, learner.params[key]) < 1e-4, key
+    for key, params in targets.items():
+        assert moved(params, learner.targets[key]) < 1e-5, key
