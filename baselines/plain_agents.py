@@ -146,4 +146,6 @@ def iql(ours: agents.Agent, lr: float = 3e-4) -> agents.Agent:
 def make_plain(name: str) -> agents.Agent:
     """-> the plain td3_bc, rebrac or iql. Its state is a Learner; it has init and update only."""
     ours = agents.make_agent(name)
-    return iql(ours) if name == "iql" else td3(ours, 1e-3 if name == "rebrac" else 3e-4, name == "rebrac")
+    if name == "iql":
+        return iql(ours)
+    return td3(ours, 1e-3, True) if name == "rebrac" else td3(ours, 3e-4, False)

@@ -102,7 +102,7 @@ def bind(f: Callable, *args) -> Callable:
 def measure(f: Callable, *args, repeats: int) -> Measured:
     """Compile f for these arguments, call it once, and then time it."""
     start = time.perf_counter()
-    program = jax.jit(f).lower(*args).compile()
+    program = jax.jit(f, keep_unused=True).lower(*args).compile()  # so that all arguments count
     compile_s = time.perf_counter() - start
     m = program.memory_analysis()
     size = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes
@@ -297,6 +297,24 @@ def whole_run(program: pgd.Program) -> Callable:
     return lambda runs, dataset: fused.round(runs, program.init(runs, dataset), dataset)
 
 
+def stages(config: world_model.Config, dataset: pgd.Dataset, updates: int = 200):
+    """-> (name, function, arguments) of each stage of TD3+BC's runs on all seeds of the config, and
+    of the whole."""
+    c, agent = config, agents.td3_bc()
+    program, runs, mesh, axes = program_of(c, agent)
+    here = spread.put(dataset, mesh)
+    state = jax.jit(program.init)(runs, here)
+    one = lambda run, state, dataset: updates_of(agent, updates)(run.key, state, dataset)
+    many = spread.over_runs(one, mesh, (axes, 0, None), c.num_seeds)
+    return [
+        (f"denoiser training, {c.fit_chunk} steps", program.fit, (runs, state, here)),
+        (f"guided sampling, {c.trajectories} trajectories", program.generate, (runs, state, here)),
+        (f"td3_bc, {updates} updates", many, (runs.each, state.agent, here)),
+        (f"a round: the sampling and {c.updates} updates", program.round, (runs, state, here)),
+        (f"a run: the training and {c.rounds} rounds", whole_run(program), (runs, here)),
+    ]
+
+
 def bench_seeds(counts: Sequence[int], dataset: pgd.Dataset, repeats: int):
     """-> rows of the stages of a run and of the whole, per number of seeds. The ratio is the time
     per seed over that of one seed by itself."""
@@ -304,21 +322,9 @@ def bench_seeds(counts: Sequence[int], dataset: pgd.Dataset, repeats: int):
         horizon=HORIZON, fit_batch=16, fit_steps=40, fit_chunk=40, trajectories=32,
         sample_batch=32, updates=100, rounds=2,
     )  # fmt: skip
-    agent, alone = agents.td3_bc(), {}
+    alone = {}
     for seeds in sorted({1, *counts}):
-        c = dataclasses.replace(config, num_seeds=seeds)
-        program, runs, mesh, axes = program_of(c, agent)
-        here = spread.put(dataset, mesh)
-        state = jax.jit(program.init)(runs, here)
-        one = lambda run, state, dataset: updates_of(agent, 200)(run.key, state, dataset)
-        updates = spread.over_runs(one, mesh, (axes, 0, None), seeds)
-        for stage, f, args in [
-            ("denoiser training, 40 steps", program.fit, (runs, state, here)),
-            ("guided sampling, 32 trajectories", program.generate, (runs, state, here)),
-            ("td3_bc, 200 updates", updates, (runs.each, state.agent, here)),
-            ("a round: the sampling and 100 updates", program.round, (runs, state, here)),
-            ("a run: the training and two rounds", whole_run(program), (runs, here)),
-        ]:
+        for stage, f, args in stages(dataclasses.replace(config, num_seeds=seeds), dataset):
             m = measure(f, *args, repeats=repeats)
             per_seed = m.times.median / seeds
             row = {"what": stage, "seeds": seeds} | m.times.ms()

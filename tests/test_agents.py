@@ -764,7 +764,7 @@ def test_the_module_imports_nothing_of_this_project():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["td3_bc", "rebrac", "iql"])
 def test_the_plain_way_of_an_update_gives_the_same(name):
-    """Against the plain agents of studies/speed.py, with the networks and batches of the default."""
+    """Against the plain agents that studies/speed.py times, with the default networks."""
     ours, plain = make(name), plain_agents.make_plain(name)
     dataset = batch(jax.random.key(1), 512)
     start = jax.random.key(0)
@@ -784,7 +784,10 @@ def test_the_plain_way_of_an_update_gives_the_same(name):
     else:
         targets["actor"] = state.actor_target
     first = plain.init(start, O, A)
-    moved = lambda a, b: float(max(jax.tree.leaves(jax.tree.map(lambda x, y: abs(x - y).max(), a, b))))
+
+    def moved(a, b):
+        return max(float(jnp.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (a, b))))
+
     for key, params in wanted.items():
         assert moved(params, first.params[key]) > 1e-3
         assert moved(params, learner.params[key]) < 1e-4, key
