@@ -15,6 +15,7 @@ from host.run_folder import interval, swept_fields
 
 COLOURS = {  # what each colour always means
     "log alone": "#555555",
+    "log alone, best weight": "#9467bd",
     "unguided": "#1f77b4",
     "guided": "#d95f02",
     "world model": "#2ca02c",

@@ -11,7 +11,7 @@ from scipy.stats import mannwhitneyu, trim_mean
 
 from host import flags
 from host.errors import UserError
-from studies import results, statistics
+from studies import figures, results, statistics
 
 # --- Statistics ---
 
@@ -262,3 +262,7 @@ def test_a_row_that_fails_stops_the_study(tmp_path):
     row = results.Row("no-such-task", "td3_bc", "log", "--num-seeds 1")
     with pytest.raises(UserError, match="no-such-task/td3_bc/log stopped with exit status 2"):
         results.run(row, tmp_path)
+
+
+def test_every_column_has_a_colour_of_its_own():
+    assert len({figures.COLOURS[column] for column in results.COLUMNS}) == len(results.COLUMNS)
