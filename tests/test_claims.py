@@ -15,7 +15,7 @@ from conftest import ROOT, toy_log
 import agents
 import pgd
 from host import collect, run_folder
-from studies import claims
+from studies import claims, results
 
 LINEAR = claims.Judge(lambda obs, action: 0.5 * obs + action, "a line")
 STD = np.array([1.0, 2.0])
@@ -394,3 +394,11 @@ def test_intervals_of_errors_are_of_ratios():
     assert claims.band(rows, "distance")[0] == pytest.approx(0.505)
     low, high = run_folder.interval([np.log(0.01), np.log(1.0)])[1]
     assert claims.band(rows, "error")[1:] == pytest.approx((np.exp(low), np.exp(high)))
+
+
+@pytest.mark.parametrize("task", ["halfcheetah-medium", "pendulum-medium", "reacher-medium"])
+def test_the_page_of_claims_has_the_tables_of_the_runs(task):
+    rows = results.read(ROOT / "results" / "analysis" / task / "likelihood.csv")
+    page = (ROOT / "docs" / "claims.md").read_text()
+    assert claims.likelihood_table(rows) in page
+    assert claims.error_table(rows) in page
