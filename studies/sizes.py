@@ -111,7 +111,8 @@ def draw(path: Path, rows: list[dict]) -> None:
         of_axis.setdefault(axis, {})[what] = of
     figure, axes = new_figure(2, len(of_axis), 3.4, 2.8)
     for column, (axis, stages_of) in zip(axes.T, of_axis.items()):
-        for (what, of), colour in zip(stages_of.items(), ORDER):
+        stages_of = sorted(stages_of.items(), key=lambda x: x[0].startswith("the data set"))
+        for (what, of), colour in zip(stages_of, ORDER):
             x = [r["size"] for r in of]
             column[0].plot(x, [r["ms"] for r in of], color=colour, marker="o", ms=3, label=what)
             low, high = ([r[k] for r in of] for k in ("ms_min", "ms_max"))
@@ -119,6 +120,8 @@ def draw(path: Path, rows: list[dict]) -> None:
             column[1].plot(x, [r["memory_mb"] for r in of], color=colour, marker="o", ms=3)
         for ax, name in zip(column, ("ms", "MB, the log included")):
             ax.set(xscale="log", yscale="log", xlabel=SAID[axis], ylabel=name)
+            ax.set_xticks(x, [f"{size:g}" for size in x])
+            ax.set_xticks([], minor=True)
         column[0].legend(fontsize=6)
     save_figure(path, figure)
 

@@ -2,9 +2,10 @@
 
 import jax
 import pytest
+from conftest import ROOT
 
 import pgd
-from studies import sizes
+from studies import results, sizes
 from studies.speed import random_log, stages
 
 
@@ -43,3 +44,10 @@ def test_the_study_runs(tmp_path, capsys):
     assert (tmp_path / "sizes.png").exists()
     assert len((tmp_path / "sizes.csv").read_text().splitlines()) == 1 + 3
     assert "| steps of a trajectory | 8, 8 | guided sampling" in capsys.readouterr().out
+
+
+def test_the_page_of_speed_has_the_table_of_the_run():
+    rows = results.read(ROOT / "results" / "sizes" / "sizes.csv")
+    for row in rows:
+        row["size"] = int(row["size"])
+    assert sizes.table(rows) in (ROOT / "docs" / "speed.md").read_text()
