@@ -1,12 +1,12 @@
 """Cost against size: time and memory of each stage of a run, and the power of the size they follow.
 
-    python -m studies.sizes                            # every size; twenty minutes on two cores
-    python -m studies.sizes --only seeds               # log, seeds, steps or features
+    python -m studies.sizes                            # every size; six minutes on two cores
+    python -m studies.sizes --only steps               # log, steps or features
     python -m studies.sizes --out results/sizes
 
-One size varies at a time: the steps of the log, the number of seeds in one program, the steps of a
-trajectory, or the denoiser's features. The others have the value that they have in BASE. The log
-holds noise, of halfcheetah's dimensions.
+One size varies at a time: the steps of the log, the steps of a trajectory, or the denoiser's
+features. The others have the value that they have in BASE. The log holds noise, of halfcheetah's
+dimensions. studies/speed.py has the cost of more seeds.
 
 Times are medians over --repeats timings, with the least and the greatest. Memory is what XLA
 reserves for a program with its arguments and results; "without the log" leaves out the log's own.
@@ -26,16 +26,14 @@ from studies.common import Parser, markdown, run_study, save_table
 from studies.figures import ORDER, new_figure, save_figure
 from studies.speed import measure, random_log, stages
 
-BASE = {"log": 100_000, "seeds": 1, "steps": 32, "features": 64}
+BASE = {"log": 100_000, "steps": 32, "features": 64}
 SIZES = {
     "log": [10_000, 100_000, 1_000_000, 10_000_000],
-    "seeds": [1, 2, 4, 8, 16, 32, 64],
     "steps": [8, 16, 32, 64, 128],
     "features": [32, 64, 128, 256, 512],
 }
 SAID = {
     "log": "steps of the log",
-    "seeds": "seeds in one program",
     "steps": "steps of a trajectory",
     "features": "features of the denoiser",
 }
@@ -44,8 +42,8 @@ SAID = {
 def config_of(sizes: dict[str, int]) -> world_model.Config:
     """-> the config of these sizes, with little work of each stage."""
     return world_model.Config(
-        horizon=sizes["steps"], features=sizes["features"], num_seeds=sizes["seeds"], fit_batch=16,
-        fit_steps=10, fit_chunk=10, trajectories=32, sample_batch=32, rounds=1, updates=50,
+        horizon=sizes["steps"], features=sizes["features"], fit_batch=16, fit_steps=10,
+        fit_chunk=10, trajectories=32, sample_batch=32, rounds=1, updates=50,
     )  # fmt: skip
 
 

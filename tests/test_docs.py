@@ -175,7 +175,8 @@ def test_links_lead_somewhere(page):
 
 def sections(page) -> set[str]:
     """The names by which a link reaches each heading of a page, as GitHub makes them."""
-    heads = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)  # code has comments
+    heads = re.findall(r"^#+ (.*)$", text, flags=re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 

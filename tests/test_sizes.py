@@ -15,10 +15,10 @@ def test_the_exponent_of_a_power_is_found():
 
 
 def test_the_table_has_a_line_per_stage():
-    row = {"axis": "seeds", "what": "fit", "memory_mb": 5.0, "ms_min": 1.0, "ms_max": 9.0}
+    row = {"axis": "features", "what": "fit", "memory_mb": 5.0, "ms_min": 1.0, "ms_max": 9.0}
     rows = [row | {"size": n, "ms": 2.0 * n, "without_log_mb": 3.0 + n} for n in (1, 4, 8)]
     line = sizes.table(rows).splitlines()[2]
-    assert line == "| seeds in one program | 1, 8 | fit | 2 | 16 | 1.00 | 4 | 11 |"
+    assert line == "| features of the denoiser | 1, 8 | fit | 2 | 16 | 1.00 | 4 | 11 |"
 
 
 @pytest.mark.slow
