@@ -422,32 +422,37 @@ def action_score(f: Callable) -> Callable:
 
 
 def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: Config) -> Callable:
-    """(weight, score) pairs -> guide(D (B, T, D), sigma) -> D + v g / (1 + v k): the mean of
-    N(D, v) exp(sum weight score). A score, trajectory (..., T) -> (...), is any function of the
-    states and actions that JAX can differentiate, such as log pi, whose weight is the exponent."""
-    join = lambda t: jnp.pad(jnp.concatenate([t.obs, t.action], -1), [(0, 0)] * 2 + [(0, LABELS)])
+    """(weight, score) pairs -> guide(D (B, T, D), sigma) -> the mode of N(D, v) exp(sum weight
+    score), which is D + v g / (1 + v k) of a quadratic. A score is any function, trajectory
+    (..., T) -> (...), of states and actions that JAX can differentiate; lambda weighs log pi."""
     is_action = slice(dataset.obs_dim, -LABELS)
+    mean, std = dataset.mean[is_action], dataset.std[is_action]
     gradient = jax.grad(lambda t: sum(jnp.sum(weight * score(t)) for weight, score in terms))
 
     def guide(denoised, sigma):
         v = (sigma**2 * SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2))[..., None, None]
-        t, dt = jax.jvp(dataset.split, (denoised,), (jnp.ones_like(denoised),))
-        t = t._replace(reward=None, done=None)  # no score sees them
-        scale, reach = join(dt), 2.0 * join(dt._replace(action=jnp.ones_like(t.action)))
-        # Gradient, and Gauss-Newton curvature by row sums of the Hessian, in a step's own units
-        g, h = map(join, jax.jvp(gradient, (t,), (jax.tree.map(jnp.ones_like, t),)))
-        k = jax.nn.relu(-h)
-        # A gradient moves about sqrt(v) where no curvature stops it in an action's range or 2 std
-        k = k * scale**2 + jax.nn.relu(jnp.abs(g) - reach * k) * scale / jnp.sqrt(v)
-        # An action moves on its own side of tanh, which is not straight, up to the log's bounds
-        g, a, bound = g * scale, t.action, jnp.maximum(jnp.abs(t.action), 0.999)
-        act = lambda moved: jnp.clip(a + (scale * moved)[..., is_action], -bound, bound)
-        # One that would pass the top of the score moves about sqrt(v) at most
-        ahead = join(gradient(t._replace(action=act(v * g / (1.0 + v * k)))))
-        k += jnp.abs(g) / jnp.sqrt(v) * (scale * ahead * g < -0.1 * g**2)
-        moved = v * g / (1.0 + v * k)
-        z = jnp.arctanh((act(moved) - a) / jnp.maximum(1.0 - a * act(moved), 1e-6))
-        return denoised + moved.at[..., is_action].set(z / dataset.std[is_action])
+        t = dataset.split(denoised)._replace(reward=None, done=None)  # no score sees them
+        # Gradient, and Gauss-Newton curvature by row sums of the Hessian
+        g, h = jax.jvp(gradient, (t,), (jax.tree.map(jnp.ones_like, t),))
+        # States: about sqrt(v) where no curvature stops them within 2 standard deviations
+        k = jax.nn.relu(-h.obs)
+        k += jax.nn.relu(jnp.abs(g.obs) - 2.0 * k) / jnp.sqrt(v)
+        moved = v * g.obs / (1.0 + v * k)
+        # Actions a = tanh(u): to the mode of N(a, v_a) exp(score), by halving the way to the log's
+        # bounds; by sqrt(v) at most where neither a top nor curvature stops the score before them
+        a, u, sign = t.action, denoised[..., is_action] * std + mean, jnp.sign(g.action)
+        v_a, end = v * (std * (1.0 - a**2)) ** 2, sign * jnp.maximum(jnp.abs(u), 3.8) - u
+        uphill = lambda d: sign * gradient(t._replace(action=jnp.tanh(u + d))).action
+        point = lambda d: jnp.stack([d, v_a * uphill(d) - sign * (jnp.tanh(u + d) - a)])  # to 0
+        near, far = jnp.stack([jnp.zeros_like(u), v_a * sign * g.action]), point(end)
+        for _ in range(6):
+            middle = point(0.5 * (near + far)[0])
+            near, far = jnp.where(middle[1] > 0, *map(jnp.stack, ([middle, far], [near, middle])))
+        share = near[1] / jnp.maximum(near[1] - jnp.minimum(far[1], 0.0), 1e-30)
+        change = (near + share * (far - near))[0] / std
+        stops = (uphill(end) < 0) | (jnp.abs(g.action) < -2.0 * h.action)
+        change = jnp.where(stops, change, jnp.clip(change, -jnp.sqrt(v), jnp.sqrt(v)))
+        return denoised + jnp.concatenate([moved, change, jnp.zeros((*u.shape[:-1], LABELS))], -1)
 
     return guide if terms else lambda denoised, _: denoised
 
@@ -550,10 +555,9 @@ def sample(key, state, dataset, config: Config, terms=(), start=None, rule=make_
     num = config.sample_batch if start is None else start.shape[0]
     denoiser = make_denoiser(state.ema, config, start, rule(terms, dataset, config))
     args = denoiser, (num, config.horizon, dataset.steps.shape[-1]), noise_levels(config)
-    if config.sampler == "heun":
-        churn = config.s_churn, config.s_tmin, config.s_tmax, config.s_noise
-        return sample_heun(key, *args, churn)
-    return sample_sde(key, *args, config.eta)
+    if config.sampler == "sde":
+        return sample_sde(key, *args, config.eta)
+    return sample_heun(key, *args, (config.s_churn, config.s_tmin, config.s_tmax, config.s_noise))
 
 
 def generate(key, state, policy, weight, dataset, config, terms=(), rule=make_guide):
@@ -771,11 +775,6 @@ def run(config: Config, dataset: Dataset, agent, hooks: Hooks = Hooks(), *args):
             state, metrics = f(runs, state, dataset)
             hooks.chunk(stage, i + 1, chunks.stop, state, jax.tree.map(np.asarray, metrics))
     return hooks.finish(program, runs, state)
-
-
-def load_run(folder: str):
-    """A finished run's folder -> its config, data set, agent and state (host.cli.Loaded)."""
-    return importlib.import_module("host.cli").load_run(folder)
 
 
 def load_policy(folder: str, seed: int = 0, **point: float) -> Callable:

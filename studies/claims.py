@@ -89,7 +89,7 @@ def load_run(run_dir: str, argv: Sequence[str] = ()) -> tuple[cli.Session, Model
         raise UserError(f"{run_dir} was trained on the log alone: there is nothing to judge")
     if saved.get("sweep"):
         raise UserError(f"{run_dir} is a sweep; run its settings one at a time to judge them")
-    loaded = pgd.load_run(run_dir)
+    loaded = cli.load_run(run_dir)
     session, config, state = loaded.session, loaded.config, loaded.state.model
     if isinstance(state, ClonedState):
         state = state.denoiser

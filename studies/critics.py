@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import agents
-import pgd
+from host import cli
 from host.errors import UserError
 from studies.common import Parser, markdown_of, run_study, save_table
 
@@ -24,7 +24,7 @@ NUM = 4_096  # logged states
 def critic_rows(run_dir: str) -> list[dict]:
     """A finished run's folder -> a row per kind of action. Raises UserError for an agent without an
     ensemble of critics."""
-    run = pgd.load_run(run_dir)
+    run = cli.load_run(run_dir)
     state, config = run.agent_state(0), run.config
     if not hasattr(state, "critic"):
         raise UserError(f"{run_dir}: {config.agent} has no critics")

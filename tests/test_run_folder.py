@@ -85,7 +85,7 @@ def expected_action(loaded, index: int, obs: np.ndarray) -> np.ndarray:
 
 
 def test_load_policy_acts_as_the_agent_of_its_seed_in_the_environments_units(finished):
-    loaded = pgd.load_run(finished)
+    loaded = cli.load_run(finished)
     obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     actions = [pgd.load_policy(finished, seed=seed)(obs) for seed in (0, 1)]
     for seed in (0, 1):
@@ -101,7 +101,7 @@ def test_load_policy_acts_as_the_agent_of_its_seed_in_the_environments_units(fin
 @pytest.mark.slow
 def test_load_policy_of_a_sweep_needs_the_point_and_not_the_log(swept):
     folder, log = swept
-    loaded = pgd.load_run(folder)
+    loaded = cli.load_run(folder)
     obs = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     labels = loaded.session.layout.labels
     assert labels == [{"hyper.alpha": a, "seed": s} for a in (0.5, 5.0) for s in (0, 1)]
@@ -114,14 +114,14 @@ def test_load_policy_of_a_sweep_needs_the_point_and_not_the_log(swept):
         with pytest.raises(UserError, match="has 2 runs with {'seed': 1}"):
             run_folder.load_policy(folder, seed=1)
         with pytest.raises(UserError, match="there is no file"):
-            pgd.load_run(folder)
+            cli.load_run(folder)
     finally:
         os.rename(log.with_suffix(".away"), log)
 
 
 @pytest.mark.slow
 def test_load_run_gives_the_config_data_set_and_states_of_every_run(finished, swept):
-    loaded = pgd.load_run(finished)
+    loaded = cli.load_run(finished)
     assert loaded.config.num_seeds == 2 and loaded.config.features == 16
     assert loaded.dataset.obs_dim == 3 and loaded.dataset.act_dim == 1
     assert int(loaded.model(1).step) == 40  # gradient steps
@@ -130,7 +130,7 @@ def test_load_run_gives_the_config_data_set_and_states_of_every_run(finished, sw
     losses = loaded.program.validate(loaded.session.layout.runs, loaded.state, loaded.dataset)
     final = read_final(finished)
     assert np.mean(losses["validation_loss"]) == pytest.approx(final["validation_loss"], rel=1e-4)
-    loaded = pgd.load_run(swept[0])
+    loaded = cli.load_run(swept[0])
     assert loaded.session.layout.num_models == 2  # the agent's settings change no denoiser
     ema = [jax.tree.leaves(loaded.model(i).ema) for i in (1, 3)]
     assert all(np.all(a == b) for a, b in zip(*ema))
@@ -143,13 +143,13 @@ def test_an_unfinished_run_is_not_loaded_and_its_policy_only_from_a_checkpoint(
     shutil.copytree(finished, copy)
     shutil.rmtree(copy / "checkpoint")
     with pytest.raises(UserError, match="is not a finished run; --resume .*copy finishes it"):
-        pgd.load_run(copy)
+        cli.load_run(copy)
     with pytest.raises(UserError, match="has no checkpoint yet"):
         pgd.load_policy(copy)
     with pytest.raises(UserError, match="there is no run in"):
         pgd.load_policy(tmp_path)
     with pytest.raises(UserError, match="there is no run in"):
-        pgd.load_run(tmp_path)
+        cli.load_run(tmp_path)
 
 
 # --- What a run leaves, and what it refuses ---
