@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_version_is_refused_wherever_it_is_read(finished
     for old in ({"format": 1}, {}):
         text = {k: v for k, v in about.items() if k != "format"} | old
         np.savez(path, **arrays | {"about": np.frombuffer(json.dumps(text).encode(), np.uint8)})
-        for read in (pgd.load_policy, pgd.load_run):
+        for read in (pgd.load_policy, cli.load_run):
             with pytest.raises(UserError, match="state.npz is of another version of this program"):
                 read(copy)
         assert "is of another version of this program" in mistake(capsys, "--resume", copy)
