@@ -423,7 +423,7 @@ def action_score(f: Callable) -> Callable:
 
 def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: Config) -> Callable:
     """(weight, score) pairs -> guide(D (B, T, D), sigma) -> the mode of N(D, v) exp(sum weight
-    score), which is D + v g / (1 + v k) of a quadratic. A score is any function, trajectory
+    score); for a quadratic score that is D + v g / (1 + v k). A score is any function, trajectory
     (..., T) -> (...), of states and actions that JAX can differentiate; lambda weighs log pi."""
     is_action = slice(dataset.obs_dim, -LABELS)
     mean, std = dataset.mean[is_action], dataset.std[is_action]
@@ -443,7 +443,8 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
         a, u, sign = t.action, denoised[..., is_action] * std + mean, jnp.sign(g.action)
         v_a, end = v * (std * (1.0 - a**2)) ** 2, sign * jnp.maximum(jnp.abs(u), 3.8) - u
         uphill = lambda d: sign * gradient(t._replace(action=jnp.tanh(u + d))).action
-        point = lambda d: jnp.stack([d, v_a * uphill(d) - sign * (jnp.tanh(u + d) - a)])  # to 0
+        # A point: its distance d in u, and the slope of the log-density, which is 0 at the mode
+        point = lambda d: jnp.stack([d, v_a * uphill(d) - sign * (jnp.tanh(u + d) - a)])
         near, far = jnp.stack([jnp.zeros_like(u), v_a * sign * g.action]), point(end)
         for _ in range(6):
             middle = point(0.5 * (near + far)[0])

@@ -290,11 +290,7 @@ def tanh_gaussian(obs, action):
     return agents.tanh_log_prob(jnp.array([2.2, -0.8]), jnp.log(jnp.array([0.2, 0.3])), u)
 
 
-def gaussian(obs, action):
-    return -0.5 * jnp.sum((action - obs @ W) ** 2, -1)
-
-
-@pytest.mark.parametrize("f", [q_value, bowl, gaussian, lambda obs, action: jnp.sum(action**2, -1)])
+@pytest.mark.parametrize("f", [q_value, bowl, log_prob, lambda obs, action: jnp.sum(action**2, -1)])
 @pytest.mark.parametrize("sigma", [0.05, 1.0])
 def test_any_score_moves_uphill_and_further_with_its_weight_but_not_past_its_top(f, sigma):
     """And where it has no top among the log's actions, nor a curvature that points to one, by at
@@ -310,13 +306,13 @@ def test_any_score_moves_uphill_and_further_with_its_weight_but_not_past_its_top
         assert np.all(np.abs(step) >= np.abs(last) - 1e-5)
         assert np.all(gradient(t.action + step - 0.01 * np.sign(g)) * g >= 0)
         spread = np.sqrt(sigma**2 / (1 + sigma**2)) * np.asarray(dataset.std[3:5])
-        if f not in (bowl, gaussian):
+        if f not in (bowl, log_prob):
             assert np.all(np.abs(moved[..., 3:5] * dataset.std[3:5]) <= 1.0001 * spread)
         last = step
     assert np.abs(last).max() > 0.1 * spread.max()
 
 
-@pytest.mark.parametrize("f", [gaussian, bowl, tanh_gaussian])
+@pytest.mark.parametrize("f", [log_prob, bowl, tanh_gaussian])
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 20.0])
 @pytest.mark.parametrize("weight", [1.0, 16.0, 1e4])
 def test_an_action_moves_to_a_mode_of_the_posterior(f, sigma, weight):
@@ -339,7 +335,7 @@ def test_an_action_moves_to_a_mode_of_the_posterior(f, sigma, weight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("std", [0.3, 0.65])
+@pytest.mark.parametrize("std", [0.1, 0.3, 0.65])
 def test_a_tanh_gaussian_policy_is_followed_to_its_mode_and_not_past_it(std):
     """Its log-density is straight or convex away from the mode, u = m + 2 std^2 tanh(u), where the
     top of a parabola lies far past it: uniform actions, which are guided at all 16 levels."""
@@ -362,7 +358,7 @@ def test_a_tanh_gaussian_policy_is_followed_to_its_mode_and_not_past_it(std):
     last = -np.inf
     for weight in (0.0, 1.0, 4.0, 16.0, 64.0, 1e6):
         u, likelihood = sample(weight)
-        assert likelihood > last - 0.25
+        assert likelihood > last - 0.01
         last = likelihood
     off = np.asarray((u - mode) * jnp.sign(mode)).reshape(-1, 2)
     assert np.all(np.abs(np.median(off, axis=0)) < 0.3)
