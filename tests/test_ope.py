@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import toy_log
+from conftest import ROOT, toy_log
 from test_cli import TINY
 
 import data
@@ -188,3 +188,24 @@ def test_the_command_ranks_run_folders_and_saves_every_estimate(tmp_path, capsys
 def test_flags_that_cannot_work_are_refused_in_one_line(words, message):
     with pytest.raises(UserError, match=message):
         ope.study(words.split())
+
+
+@pytest.mark.parametrize("task", ["pendulum", "hopper"])
+def test_the_page_has_the_estimates_and_the_qualities_of_the_csv(task):
+    page = (ROOT / "docs" / "guides.md").read_text().replace("**", "")
+    rows = list(csv.DictReader(open(ROOT / "results" / "ope" / f"{task}.csv")))
+    names = list(dict.fromkeys(r["policy"] for r in rows))
+    true = {r["policy"]: float(r["true_return"]) for r in rows}
+    cells = {name: [f"{true[name]:.1f}"] for name in names}
+    for method in ("diffusion", "world-model", "fqe"):
+        of = [r for r in rows if r["method"] == method]
+        x = np.array([[float(r["estimate"]) for r in of if r["policy"] == n] for n in names])
+        for name, estimates in zip(names, x):
+            cells[name].append(ope.spread_of(estimates))
+        truth = np.array([true[n] for n in names])
+        q = [ope.quality(truth, estimates) for estimates in x.T]
+        rank, regret, error = (ope.spread_of([row[k] for row in q], 2) for k in q[0])
+        regret = "0" if regret.startswith("0.00 (0.00") else regret
+        assert f"| {rank} | {regret} | {error} |" in page
+    for name in names:
+        assert f"| {' | '.join(cells[name])} |" in page
