@@ -209,3 +209,19 @@ def test_the_page_has_the_estimates_and_the_qualities_of_the_csv(task):
         assert f"| {rank} | {regret} | {error} |" in page
     for name in names:
         assert f"| {' | '.join(cells[name])} |" in page
+
+
+def test_the_page_has_the_qualities_without_the_policy_of_td3_bc():
+    page = " ".join((ROOT / "docs" / "guides.md").read_text().split())
+    rows = list(csv.DictReader(open(ROOT / "results" / "ope" / "hopper.csv")))
+    for method in ("diffusion", "world-model"):
+        of = [r for r in rows if r["method"] == method and r["policy"].startswith("hopper")]
+        q = []
+        for seed in sorted({r["seed"] for r in of}):
+            of_seed = [r for r in of if r["seed"] == seed]
+            numbers = lambda key, of=of_seed: np.array([float(r[key]) for r in of])
+            q.append(ope.quality(numbers("true_return"), numbers("estimate")))
+        rank, error = (
+            ope.spread_of([row[k] for row in q], 2) for k in ("rank_correlation", "error")
+        )
+        assert rank in page and error in page
