@@ -487,6 +487,21 @@ def test_info_of_a_published_log(tmp_path, capsys, monkeypatch):
     counts = [int(x.split()[3]) for x in said.splitlines() if " to " in x and "#" in x]
     assert sum(counts) == 62
     assert (tmp_path / "returns.png").read_bytes()[:4] == b"\x89PNG"
+    assert "far values" not in said
+
+
+def test_info_names_the_observations_whose_scale_is_that_of_far_values(
+    tmp_path, capsys, monkeypatch
+):
+    """Few and far, as where some episodes leave the arena; not a switch, nor a constant."""
+    log = toy_log()
+    obs = log["observations"]
+    obs[:, 0], obs[:, 2] = 1.0, np.arange(len(obs)) % 5 == 0
+    obs[::5, 1] *= 300.0
+    log.pop("next_observations", None)
+    data.write_log(tmp_path / "far.npz", log, {})
+    said = data_command(capsys, monkeypatch, "info", tmp_path / "far.npz")
+    assert "observations 1: far values set the scale" in said
 
 
 @pytest.mark.parametrize(
