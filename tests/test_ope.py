@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, toy_log
 from test_cli import TINY
 
+import agents
 import data
 import pgd
 from baselines import world_model
@@ -72,6 +73,30 @@ def test_fitted_q_evaluation_tells_policies_apart():
     full = ope.Policy("", lambda _, obs: jnp.ones((*obs.shape[:-1], 2)))
     found = ope.fqe([still(dataset).policy, full], dataset, dataset.steps[:5, :3], 1, SETTINGS)
     assert found[0, 0] > -0.7 and found[1, 0] < -2.5
+
+
+def test_fitted_q_evaluation_looks_as_far_ahead_as_gamma_asks():
+    """Reward 1 in every step, gamma 0.9: nearly 10 after 1,000 updates, and not the first part."""
+    log = toy_log()
+    log["rewards"][:] = 1.0
+    log["terminals"][:], log["timeouts"][39::40] = False, True
+    dataset, s = dataset_of(log), SETTINGS._replace(gamma=0.9, updates=1_000)
+    found = ope.fqe([still(dataset).policy], dataset, dataset.steps[:5, :3], 1, s)
+    np.testing.assert_allclose(found, 10.0, rtol=0.1)
+
+
+def test_fitted_q_evaluation_stays_within_what_rewards_can_sum_up_to():
+    """A bootstrap of a million is worth no more than the log's largest reward in every step."""
+    log = toy_log()
+    log["rewards"] = np.random.default_rng(0).uniform(-1, 2, len(log["rewards"]))
+    dataset, key = dataset_of(log), jax.random.key(0)
+    state = ope.init_fqe(key, dataset)
+    high = jax.tree.map(lambda x: x, state.critic)
+    high[-1] = (high[-1][0], high[-1][1] + 1e6)
+    state = state._replace(target=high)
+    after = ope.fqe_chunk(key, state, still(dataset), dataset, 0, SETTINGS)
+    q = agents.critics(after.critic, dataset.steps[:50, :3], jnp.zeros((50, 2)))
+    assert float(jnp.max(q) * ope.value_scale(dataset, SETTINGS)) < 4.5  # 2 / (1 - 0.5)
 
 
 def test_windows_are_laid_end_to_end_until_the_limit_or_a_terminal(monkeypatch):
