@@ -239,7 +239,7 @@ def about(row: Row, folder: Path, loaded: cli.Loaded) -> dict:
     seconds = final["wall_seconds"]
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True)
     device, cores = jax.devices()[0], devices.num_cores()
-    on = f"{cores} CPU cores" if device.platform == "cpu" else device.device_kind
+    on = f"{cores} CPU core{'s' * (cores > 1)}" if device.platform == "cpu" else device.device_kind
     return {
         "task": row.task, "agent": row.agent, "row": row.arm,
         "command": f"python pgd.py {shlex.join(row.command(folder))}",
