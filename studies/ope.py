@@ -39,7 +39,7 @@ from studies.figures import COLOURS, new_figure, save_figure
 
 SHORT = "--condition-on-start --horizon 8 --fit-batch 64".split()  # the diffusion model's flags
 CHUNK = 500  # updates of FQE in one call
-TAU = 0.05  # Polyak rate of FQE: at 0.005 its 10,000 updates look ahead by 50 steps
+TAU = 0.05  # Polyak rate of FQE: at 0.005, 10,000 updates are about 50 Bellman backups
 NAMES = {"diffusion": "guided", "world-model": "world model", "fqe": "log alone"}  # of colours
 
 
