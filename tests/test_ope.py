@@ -215,7 +215,7 @@ def test_flags_that_cannot_work_are_refused_in_one_line(words, message):
         ope.study(words.split())
 
 
-@pytest.mark.parametrize("task", ["pendulum", "hopper"])
+@pytest.mark.parametrize("task", ["pendulum", "hopper", "halfcheetah"])
 def test_the_page_has_the_estimates_and_the_qualities_of_the_csv(task):
     page = (ROOT / "docs" / "guides.md").read_text().replace("**", "")
     rows = list(csv.DictReader(open(ROOT / "results" / "ope" / f"{task}.csv")))
@@ -239,7 +239,7 @@ def test_the_page_has_the_estimates_and_the_qualities_of_the_csv(task):
 def test_the_page_has_the_qualities_without_the_policy_of_td3_bc():
     page = " ".join((ROOT / "docs" / "guides.md").read_text().split())
     rows = list(csv.DictReader(open(ROOT / "results" / "ope" / "hopper.csv")))
-    for method in ("diffusion", "world-model"):
+    for method in ("diffusion", "world-model", "fqe"):
         of = [r for r in rows if r["method"] == method and r["policy"].startswith("hopper")]
         q = []
         for seed in sorted({r["seed"] for r in of}):
