@@ -582,9 +582,6 @@ def _describe(task: Task, returns: np.ndarray, lengths: np.ndarray) -> dict[str,
     log = task.log
     obs, action, reward = log["observations"], log["actions"], log["rewards"]
     still = (obs.std(0) == 0).sum()
-    off = np.abs(obs - np.median(obs, axis=0))
-    near = np.mean((off > 0) & (off < 0.05 * obs.std(0)), axis=0)
-    alike = ", ".join(map(str, np.flatnonzero(near > 1 / 3)))  # a normal density has 0.04
     ends = np.flatnonzero(log["terminals"] | log["timeouts"])
     tail = len(obs) - 1 - ends[-1] if len(ends) else 0
     both = (log["terminals"] & log["timeouts"]).sum()
@@ -602,8 +599,6 @@ def _describe(task: Task, returns: np.ndarray, lengths: np.ndarray) -> dict[str,
         + (f", {both:,} steps are both and count as terminals" if both else ""),
         "observations": f"{obs.shape[1]}, from {obs.min():.3g} to {obs.max():.3g}"
         + (f"; {still} never change" if still else ""),
-        "far values": f"observations {alike}: far values set the scale; a third of the steps or "
-        "more are within 0.05 standard deviations of the median",
         "successors": "known at timeouts too" if SUCCESSORS in log else "the next row",
         "actions": f"{action.shape[1]}, from {action.min():.3g} to {action.max():.3g}; "
         f"{at_bound:.1%} of the steps touch a bound",
@@ -612,8 +607,13 @@ def _describe(task: Task, returns: np.ndarray, lengths: np.ndarray) -> dict[str,
         f"{returns.min():.1f} to {returns.max():.1f}",
         "simulator": task.simulator or "none",
     }
-    if not alike:
-        del lines["far values"]
+    off = np.abs(obs - np.median(obs, axis=0))
+    near = np.mean((off > 0) & (off < 0.05 * obs.std(0)), axis=0)  # 0.04 of a normal density
+    if (near > 1 / 3).any():
+        lines["far values"] = (
+            f"set the scale of observations {', '.join(map(str, np.flatnonzero(near > 1 / 3)))}: "
+            "a third of the steps or more are within 0.05 standard deviations of the median"
+        )
     if task.simulator in sim.BODIES and (SUCCESSORS in log or tail > 1 or lengths.max() > 1):
         error, what = replay_error(task)
         lines["replays"] = (

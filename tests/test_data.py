@@ -501,7 +501,7 @@ def test_info_names_the_observations_whose_scale_is_that_of_far_values(
     log.pop("next_observations", None)
     data.write_log(tmp_path / "far.npz", log, {})
     said = data_command(capsys, monkeypatch, "info", tmp_path / "far.npz")
-    assert "observations 1: far values set the scale" in said
+    assert "far values    set the scale of observations 1:" in said
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,9 @@ def test_a_policy_of_the_state_is_met_within_a_third(sampler, levels, eta):
      (0.98, 64, 8.0, 0.1, 0.73, 1.27), (0.8, 64, 2.0, 0.17, 0.73, 1.27),
      (0.999, 16, 2.0, 0.12, 1.4, 1.8)],
 )  # fmt: skip
-def test_correlated_states_and_actions_give_the_tilted_density(share, levels, eta, off, low, high):
+def test_correlated_states_and_actions_give_the_tilted_density_to_the_stated_error(
+    share, levels, eta, off, low, high
+):
     """Observation and action follow AR(1) and share a part of it; the policy is N(0.5, 1) in
     standardised units. Exact: precision P + lambda on the actions. v is the posterior variance of
     a channel on its own, so that the stated error grows with the correlation. With less noise, eta

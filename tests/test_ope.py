@@ -85,18 +85,20 @@ def test_fitted_q_evaluation_looks_as_far_ahead_as_gamma_asks():
     np.testing.assert_allclose(found, 10.0, rtol=0.1)
 
 
-def test_fitted_q_evaluation_stays_within_what_rewards_can_sum_up_to():
-    """A bootstrap of a million is worth no more than the log's largest reward in every step."""
+@pytest.mark.parametrize("far", [1e6, -1e6])
+def test_fitted_q_evaluation_stays_within_what_rewards_can_sum_up_to(far):
+    """A bootstrap of a million is worth no more than the log's largest reward in every step, and
+    one of minus a million no less than its smallest."""
     log = toy_log()
     log["rewards"] = np.random.default_rng(0).uniform(-1, 2, len(log["rewards"]))
     dataset, key = dataset_of(log), jax.random.key(0)
     state = ope.init_fqe(key, dataset)
-    high = jax.tree.map(lambda x: x, state.critic)
-    high[-1] = (high[-1][0], high[-1][1] + 1e6)
-    state = state._replace(target=high)
+    layers = [*state.critic[:-1], (state.critic[-1][0], state.critic[-1][1] + far)]
+    state = state._replace(target=layers)
     after = ope.fqe_chunk(key, state, still(dataset), dataset, 0, SETTINGS)
     q = agents.critics(after.critic, dataset.steps[:50, :3], jnp.zeros((50, 2)))
-    assert float(jnp.max(q) * ope.value_scale(dataset, SETTINGS)) < 4.5  # 2 / (1 - 0.5)
+    q *= ope.value_scale(dataset, SETTINGS)
+    assert -2.5 < float(jnp.min(q)) and float(jnp.max(q)) < 4.5  # -1 / (1 - 0.5), 2 / (1 - 0.5)
 
 
 def test_windows_are_laid_end_to_end_until_the_limit_or_a_terminal(monkeypatch):
@@ -236,17 +238,36 @@ def test_the_page_has_the_estimates_and_the_qualities_of_the_csv(task):
         assert f"| {' | '.join(cells[name])} |" in page
 
 
-def test_the_page_has_the_qualities_without_the_policy_of_td3_bc():
+def test_the_page_has_the_qualities_without_the_policies_that_the_log_has_not():
     page = " ".join((ROOT / "docs" / "guides.md").read_text().split())
-    rows = list(csv.DictReader(open(ROOT / "results" / "ope" / "hopper.csv")))
-    for method in ("diffusion", "world-model", "fqe"):
-        of = [r for r in rows if r["method"] == method and r["policy"].startswith("hopper")]
+
+    def qualities(rows, method):
         q = []
-        for seed in sorted({r["seed"] for r in of}):
-            of_seed = [r for r in of if r["seed"] == seed]
-            numbers = lambda key, of=of_seed: np.array([float(r[key]) for r in of])
-            q.append(ope.quality(numbers("true_return"), numbers("estimate")))
-        rank, error = (
-            ope.spread_of([row[k] for row in q], 2) for k in ("rank_correlation", "error")
-        )
-        assert rank in page and error in page
+        for seed in sorted({r["seed"] for r in rows}):
+            of = [r for r in rows if r["seed"] == seed and r["method"] == method]
+            numbers = ([float(r[k]) for r in of] for k in ("true_return", "estimate"))
+            q.append(ope.quality(*map(np.array, numbers)))
+        return ([row[key] for row in q] for key in ("rank_correlation", "error"))
+
+    read = lambda task: list(csv.DictReader(open(ROOT / "results" / "ope" / f"{task}.csv")))
+    hopper = [r for r in read("hopper") if r["policy"].startswith("hopper")]
+    rows = read("halfcheetah")
+    far = ("halfcheetah-expert", "td3bc-halfcheetah, seed 0")
+    near = [r for r in rows if r["policy"] not in far]
+    for method, name in (
+        ("diffusion", "diffusion"),
+        ("world-model", "world model"),
+        ("fqe", "FQE"),
+    ):
+        for values in qualities(hopper, method):
+            assert ope.spread_of(values, 2) in page
+        rank, error = map(np.mean, qualities(near, method))
+        assert rank == pytest.approx(1) and f"{error:.2f} ({name})" in page
+    for policy, text in zip(far, ("0.34, 0.61 and 0.40", "0.08, 2.0 and 2.6")):
+        for method, share in zip(
+            ("diffusion", "world-model", "fqe"), text.replace(" and", ",").split(", ")
+        ):
+            of = [r for r in rows if (r["policy"], r["method"]) == (policy, method)]
+            found = np.mean([float(r["estimate"]) for r in of]) / float(of[0]["true_return"])
+            assert found == pytest.approx(float(share), abs=0.051 if found > 1 else 0.0051)
+        assert text in page
