@@ -1,5 +1,6 @@
 """The study of scores: statistics, the grid, and tables that come from its files."""
 
+import csv
 import itertools
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from scipy.stats import mannwhitneyu, trim_mean
 
 from host import flags
 from host.errors import UserError
-from studies import figures, results, statistics
+from studies import figures, ope, results, statistics
 
 # --- Statistics ---
 
@@ -203,6 +204,32 @@ def test_pages_show_the_tables_of_the_files():
     for page in ("docs/results.md", "README.md"):
         text = (ROOT / page).read_text()
         assert results.put_tables(text, made) == text
+
+
+HALF, LAST = (lambda x: np.mean(x[len(x) // 2 :])), (lambda x: x[-1])  # of the evaluations
+
+
+@pytest.mark.parametrize(
+    "folder, setting, page, measures",
+    [
+        ("alpha40", "guidance", "ablation", (HALF, LAST)),
+        ("behaviour", "behaviour_guidance", "ablation", (HALF,)),
+        ("rebrac/reacher-random", "guidance", "ablation", (HALF,)),
+        ("rebrac/pendulum-random", "guidance", "ablation", (HALF,)),
+        ("rebrac/reacher-random-log", "hyper.actor_bc", "ablation", (HALF,)),
+        ("rebrac/pendulum-random-log", "hyper.actor_bc", "ablation", (HALF,)),
+        ("swimmer_cut", "hyper.alpha", "results", (LAST,)),
+    ],
+)
+def test_a_page_shows_the_scores_of_the_runs_that_it_names(folder, setting, page, measures):
+    path, text = ROOT / "results" / "guide" / folder, (ROOT / "docs" / f"{page}.md").read_text()
+    assert f"results/guide/{folder})" in text
+    scores = {}
+    for row in csv.DictReader(open(path / "metrics.csv")):
+        of_point = scores.setdefault(row[setting], {})
+        of_point.setdefault(row["seed"], []).extend([float(row["score"])] if row["score"] else [])
+    for of_seed, measure in itertools.product(scores.values(), measures):
+        assert ope.spread_of([measure(x) for x in of_seed.values()]) in " ".join(text.split())
 
 
 def test_a_second_look_at_a_row_replaces_the_first(tmp_path):
