@@ -219,7 +219,7 @@ def test_flags_that_cannot_work_are_refused_in_one_line(words, message):
 
 @pytest.mark.parametrize("task", ["pendulum", "hopper", "halfcheetah"])
 def test_the_page_has_the_estimates_and_the_qualities_of_the_csv(task):
-    page = (ROOT / "docs" / "guides.md").read_text().replace("**", "")
+    page = (ROOT / "docs" / "ope.md").read_text().replace("**", "")
     rows = list(csv.DictReader(open(ROOT / "results" / "ope" / f"{task}.csv")))
     names = list(dict.fromkeys(r["policy"] for r in rows))
     true = {r["policy"]: float(r["true_return"]) for r in rows}
@@ -239,7 +239,7 @@ def test_the_page_has_the_estimates_and_the_qualities_of_the_csv(task):
 
 
 def test_the_page_has_the_qualities_without_the_policies_that_the_log_has_not():
-    page = " ".join((ROOT / "docs" / "guides.md").read_text().split())
+    page = " ".join((ROOT / "docs" / "ope.md").read_text().split())
 
     def qualities(rows, method):
         q = []
