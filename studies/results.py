@@ -263,7 +263,7 @@ def read(path: Path) -> list[dict]:
 
     def number(text: str):
         try:
-            return float(text)
+            return int(text) if text.isdigit() else float(text)
         except ValueError:
             return text
 

@@ -234,10 +234,11 @@ def test_a_page_shows_the_scores_of_the_runs_that_it_names(folder, setting, page
 
 def test_a_second_look_at_a_row_replaces_the_first(tmp_path):
     path, row = tmp_path / "rows.csv", results.Row("a", "td3_bc", "log", "")
-    other = {"task": "a", "agent": "td3_bc", "row": "diffusion", "minutes": 1.0}
+    other = {"task": "a", "agent": "td3_bc", "row": "diffusion", "minutes": 1.0, "steps": 1000191}
     results.save_table(path, [other, other | {"row": "log", "minutes": 2.0}])
     results.keep(path, row, [other | {"row": "log", "minutes": 3.0}])
     assert [(x["row"], x["minutes"]) for x in results.read(path)] == [("diffusion", 1), ("log", 3)]
+    assert all(x["steps"] == 1000191 for x in results.read(path))  # to the last digit
     assert results.is_done(row, tmp_path) and not results.is_done(row._replace(task="b"), tmp_path)
 
 
