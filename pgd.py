@@ -73,7 +73,7 @@ class Config:
     s_tmax: float = 50.0  # heun: no churn above this noise level
     s_noise: float = 1.003  # heun: inflation of the added noise
     # --- Guidance ---
-    guidance: float = 64.0  # exponent lambda of the policy's density pi(a|s); 0 is unguided
+    guidance: float = 64.0  # exponent lambda of pi, N(the policy's action, 1); 0 is unguided
     value_guidance: float = 0.0  # weight of the critic's Q(s, a) / mean |Q| in the log-density
     behaviour_guidance: float = 0.0  # exponent by which a clone of the log's policy is divided out
     condition_on_start: bool = False  # generate trajectories from given first observations
@@ -473,12 +473,13 @@ class Generator(NamedTuple):
 
 
 def target_policy(agent, state) -> types.SimpleNamespace:
-    """An agent in one of its states -> what a Generator may ask: log_prob(obs, action), sample(key,
-    obs) -> action, and q_value(obs, action) of the critic, or None."""
+    """An agent in one of its states -> what a Generator may ask: log_prob(obs, action), act(obs),
+    sample(key, obs) -> action, and q_value(obs, action) of the critic, or None."""
     sample = getattr(agent, "sample", None) or (lambda key, state, obs: agent.act(state, obs))
     q_value = getattr(agent, "q_value", None)
     return types.SimpleNamespace(
         log_prob=functools.partial(agent.log_prob, state),
+        act=functools.partial(agent.act, state),
         sample=lambda key, obs: sample(key, state, obs),
         q_value=q_value and functools.partial(q_value, state),
     )
@@ -564,9 +565,10 @@ def sample(key, state, dataset, config: Config, terms=(), start=None, rule=make_
 def generate(key, state, policy, weight, dataset, config, terms=(), rule=make_guide):
     """Synthetic trajectories, end to end -> Transition (trajectories * T, ...). weight () scales
     the guidance by the policy; terms are further (weight, score) pairs."""
+    near = lambda obs, action: -jnp.sum((action - policy.act(obs)) ** 2, -1) / 2  # log N(its, 1)
     scale = lambda q: q / jnp.mean(jnp.abs(jax.lax.stop_gradient(q)))  # as in TD3+BC
     value = lambda obs, action: scale(policy.q_value(obs, action))
-    guides = [(config.guidance, policy.log_prob), (config.value_guidance, value)]
+    guides = [(config.guidance, near), (config.value_guidance, value)]
     is_off = lambda w: isinstance(w, float) and w == 0  # known when the program is compiled
     terms = [(weight * w, action_score(f)) for w, f in guides if not is_off(w)] + list(terms)
     keys = jax.random.split(key, config.trajectories // config.sample_batch)
@@ -653,9 +655,8 @@ def run_keys(run: Run, index=0) -> tuple[chex.PRNGKey, ...]:
 
 
 def make_program(config: Config, agent, make_generator=make_diffusion, evaluate=None) -> Program:
-    """agent: init, update, act and log_prob, as in agents.py, or a function of run.hyper that gives
-    them. make_generator(config) -> Generator. evaluate(key, act) -> returns (E,), in JAX: where
-    given, it runs after every round."""
+    """agent: as in agents.py, or a function of run.hyper that gives one. make_generator(config) ->
+    Generator. evaluate(key, act) -> returns (E,), in JAX; where given, it runs after each round."""
 
     def parts(run):
         own = dataclasses.replace(config, **run.settings)
@@ -690,8 +691,7 @@ def make_program(config: Config, agent, make_generator=make_diffusion, evaluate=
         flat = jax.tree.map(lambda b: b.reshape(-1, *b.shape[2:]), buffer)
         size = jnp.minimum(state.round + 1, c.buffer_rounds) * synthetic.reward.shape[0]
 
-        # Update, on batches that mix synthetic and real transitions
-        def draw(key):
+        def draw(key):  # Update, on batches that mix synthetic and real transitions
             key_fake, key_real = jax.random.split(key)
             i = jax.random.randint(key_fake, (c.batch_size - c.real_batch,), 0, size)
             real = dataset.sample(key_real, c.real_batch)

@@ -50,7 +50,7 @@ def make_synthetic(run: cli.Loaded, index: int, num: int) -> pgd.Transition:
     config = dataclasses.replace(
         run.config, trajectories=num, guidance=0.0, value_guidance=0.0, behaviour_guidance=0.0
     )
-    nobody = types.SimpleNamespace(log_prob=None, q_value=None)
+    nobody = types.SimpleNamespace(act=None, q_value=None)
     make = lambda key, model, dataset: pgd.generate(key, model, nobody, 0.0, dataset, config)
     return jax.jit(make)(jax.random.key(1_000 + index), run.model(index), run.dataset)
 

@@ -110,6 +110,8 @@ MUTANTS = [
         ("jnp.zeros((*u.shape[:-1], LABELS))", "jnp.ones((*u.shape[:-1], LABELS))"),
         ("far[\"synthetic\"] / far[\"real\"]", "far[\"real\"] / far[\"synthetic\"]"),
         ("agent.act(state.agent, t.obs)", "agent.act(learner, t.obs)"),
+        ("(action - policy.act(obs)) ** 2, -1) / 2", "(action - policy.act(obs)) ** 2, -1)"),
+        ("(config.guidance, near)", "(config.guidance, policy.log_prob)"),
         # training the denoiser
         ("rate = (1.0 - config.ema) / (1.0 - config.ema ** (state.step + 1))",
          "rate = 1.0 - config.ema"),

@@ -635,9 +635,12 @@ def test_each_weight_of_the_config_is_its_guide():
     assert pi(toward) > pi(plain) + 0.02
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_generate_asks_for_each_guide_with_its_weight_and_sign(monkeypatch, weight):
-    """Toward the policy and its value, away from the clone; all times the round's weight."""
+@pytest.mark.parametrize(
+    "weight, name", [(0.0, "td3_bc"), (0.5, "td3_bc"), (0.5, "iql"), (0.5, "edac")]
+)
+def test_generate_asks_for_each_guide_with_its_weight_and_sign(monkeypatch, weight, name):
+    """Toward the policy and its value, away from the clone; all times the round's weight. A policy
+    with a standard deviation of its own counts as N(its action, 1), as a deterministic one does."""
     seen = []
 
     def spy(key, state, dataset, config, terms, start, rule):
@@ -650,7 +653,7 @@ def test_generate_asks_for_each_guide_with_its_weight_and_sign(monkeypatch, weig
         guidance=0.5, value_guidance=0.3, behaviour_guidance=0.2,
     )  # fmt: skip
     dataset = pgd.make_dataset(toy_log(), config)
-    agent, cloner = agents.td3_bc(hidden=(4,)), agents.bc(hidden=(4,))
+    agent, cloner = agents.make_agent(name, hidden=(4,)), agents.bc(hidden=(4,))
     diffusion = make_diffusion_with_clone(config, cloner)
     clone = cloner.init(jax.random.key(2), 3, 2)
     learner = agent.init(jax.random.key(1), 3, 2)
@@ -662,7 +665,7 @@ def test_generate_asks_for_each_guide_with_its_weight_and_sign(monkeypatch, weig
     t = dataset.split(dataset.steps[:8])
     q = agent.q_value(learner, t.obs, t.action)
     expected = [
-        agent.log_prob(learner, t.obs, t.action).sum(),
+        -0.5 * jnp.sum((t.action - agent.act(learner, t.obs)) ** 2),
         q.sum() / jnp.abs(q).mean(),  # whatever the scale of Q
         cloner.log_prob(model.clone, t.obs, t.action).sum(),
     ]
