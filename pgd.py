@@ -565,7 +565,7 @@ def sample(key, state, dataset, config: Config, terms=(), start=None, rule=make_
 def generate(key, state, policy, weight, dataset, config, terms=(), rule=make_guide):
     """Synthetic trajectories, end to end -> Transition (trajectories * T, ...). weight () scales
     the guidance by the policy; terms are further (weight, score) pairs."""
-    near = lambda obs, action: -jnp.sum((action - policy.act(obs)) ** 2, -1) / 2  # log N(its, 1)
+    near = lambda obs, action: -jnp.sum((action - policy.act(obs)) ** 2, -1) / 2  # of N(act, 1)
     scale = lambda q: q / jnp.mean(jnp.abs(jax.lax.stop_gradient(q)))  # as in TD3+BC
     value = lambda obs, action: scale(policy.q_value(obs, action))
     guides = [(config.guidance, near), (config.value_guidance, value)]

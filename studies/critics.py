@@ -23,6 +23,7 @@ import numpy as np
 import agents
 from host import cli, envs
 from host.errors import UserError
+from host.progress import counted
 from studies import claims
 from studies.common import Parser, markdown_of, run_study, save_table
 
@@ -91,14 +92,14 @@ def against_truth(name: str, run: cli.Loaded) -> list[dict]:
     of_log = dataset.sample(jax.random.key(0), STATES).obs
     shape = (STATES, ACTIONS, dataset.act_dim)
     uniform = jax.random.uniform(jax.random.key(1), shape, minval=-1.0).reshape(-1, shape[-1])
-    act_in_jax = jax.jit(lambda state, obs: session.agent.act(state, obs))
+    act_in_jax = jax.jit(session.agent.act)
 
     @jax.jit
     def q_value(state, obs, action):
         return agents.critics(state.critic, obs, action, layer_norm).min(axis=0)
 
     rows = []
-    for i, label in enumerate(session.layout.labels):
+    for i, label in counted(list(enumerate(session.layout.labels)), f"true values of {name}"):
         state, gamma = run.agent_state(i), label.get("hyper.gamma", hyper["gamma"])
 
         def act(obs, state=state):
