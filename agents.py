@@ -30,8 +30,8 @@ import optax
 class Agent(NamedTuple):
     """An algorithm as pure functions of its state, a pytree.
 
-    For a deterministic policy, log_prob is the unit Gaussian centred on its action. Callers
-    therefore need not know which algorithm they hold.
+    For a deterministic policy, log_prob is the unit Gaussian centred on its action. It serves the
+    metrics and the clone of the log's policy; the guide uses act.
     """
 
     init: Callable  # (key, obs_dim, act_dim) -> state

@@ -213,6 +213,17 @@ HALF, LAST = (lambda x: np.mean(x[len(x) // 2 :])), (lambda x: x[-1])  # of the 
     "folder, setting, page, measures",
     [
         ("alpha40", "guidance", "ablation", (HALF, LAST)),
+        ("alpha40/lambda", "guidance", "ablation", (HALF, LAST)),
+        ("alpha40/half_real", "guidance", "ablation", (HALF, LAST)),
+        ("alpha40/half_real_unguided", "guidance", "ablation", (HALF, LAST)),
+        ("tau/log", "hyper.alpha", "ablation", (LAST,)),
+        ("tau/synthetic", "guidance", "ablation", (LAST,)),
+        ("iql/pendulum-medium-replay", "guidance", "ablation", (HALF,)),
+        ("iql/pendulum-medium-replay-log", "hyper.beta", "ablation", (HALF,)),
+        ("calls/4", None, "ablation", (HALF,)),
+        ("calls/8", None, "ablation", (HALF,)),
+        ("calls/16", None, "ablation", (HALF,)),
+        ("calls/32", None, "ablation", (HALF,)),
         ("behaviour", "behaviour_guidance", "ablation", (HALF,)),
         ("rebrac/reacher-random", "guidance", "ablation", (HALF,)),
         ("rebrac/pendulum-random", "guidance", "ablation", (HALF,)),
@@ -226,10 +237,29 @@ def test_a_page_shows_the_scores_of_the_runs_that_it_names(folder, setting, page
     assert f"results/guide/{folder})" in text
     scores = {}
     for row in csv.DictReader(open(path / "metrics.csv")):
-        of_point = scores.setdefault(row[setting], {})
+        of_point = scores.setdefault(row.get(setting), {})
         of_point.setdefault(row["seed"], []).extend([float(row["score"])] if row["score"] else [])
     for of_seed, measure in itertools.product(scores.values(), measures):
         assert ope.spread_of([measure(x) for x in of_seed.values()]) in " ".join(text.split())
+
+
+def test_the_page_shows_how_critics_order_actions():
+    page = " ".join((ROOT / "docs" / "ablation.md").read_text().split())
+    rows = list(csv.DictReader(open(ROOT / "results" / "guide" / "alpha40" / "values.csv")))
+    points = {(r["run"], r["point"]) for r in rows}
+    assert len(points) == 4
+    for point in points:
+        orders = [float(r["order"]) for r in rows if (r["run"], r["point"]) == point]
+        assert len(orders) == 8 and ope.spread_of(orders, 2) in page
+
+
+def test_the_page_shows_the_second_half_of_the_log_alone_at_alpha_40():
+    scores = {}
+    for r in csv.DictReader(open(ROOT / "results" / "guide" / "alpha40" / "log" / "metrics.csv")):
+        if r["score"] and float(r["hyper.alpha"]) == 40:
+            scores.setdefault(r["seed"], []).append(float(r["score"]))
+    half = ope.spread_of([HALF(x) for x in scores.values()])
+    assert f"| {half} |" in (ROOT / "docs" / "ablation.md").read_text()
 
 
 def test_a_second_look_at_a_row_replaces_the_first(tmp_path):
