@@ -98,18 +98,21 @@ def against_truth(name: str, run: cli.Loaded) -> list[dict]:
     def q_value(state, obs, action):
         return agents.critics(state.critic, obs, action, layer_norm).min(axis=0)
 
+    def in_training_units(obs, action):
+        next_obs, reward, terminal = judge(obs, action)
+        return next_obs, (reward + shift) * scale, terminal
+
     rows = []
     for i, label in counted(list(enumerate(session.layout.labels)), f"true values of {name}"):
         state, gamma = run.agent_state(i), label.get("hyper.gamma", hyper["gamma"])
 
-        def act(obs, state=state):
+        def act(obs):
             action = act_in_jax(state, jnp.float32((obs - mean) / std))
             return np.asarray(dataset.unscale_action(action))
 
-        def compare(obs, action, state=state, act=act, gamma=gamma):
+        def compare(obs, action):
             at, first = np.asarray(obs) * std + mean, np.asarray(dataset.unscale_action(action))
-            scaled = lambda o, a: (lambda s, r, t: (s, (r + shift) * scale, t))(*judge(o, a))
-            truth = true_values(scaled, act, at, first, gamma, STEPS)
+            truth = true_values(in_training_units, act, at, first, gamma, STEPS)
             return np.asarray(q_value(state, obs, action)), truth
 
         value, truth = compare(of_log, act_in_jax(state, of_log))
