@@ -93,6 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         trajectories=8_192, sample_batch=256,
     ),
 }  # fmt: skip
+GUIDANCE = {"iql": 4.0, "awac": 4.0}  # of agents that clone actions, weighted by their advantage
 
 # --- What there is: fields of the two dataclasses, with the comments that explain them ---
 
@@ -271,14 +272,21 @@ def parse(argv: Sequence[str]) -> Flags:
     if preset == "default" and not (entry and entry.simulator in envs.GYMNAX):
         preset = "default-large"
     task = data.bare_name(entry.name.split(":")[-1]) if entry else ""
-    hyper = read_hyper(given, given.get("agent", Config.agent), task)
+    agent = given.get("agent", Config.agent)
+    hyper = read_hyper(given, agent, task)
     values = PRESETS[preset] | {k: v for k, v in given.items() if not k.startswith("hyper.")}
     if given.get("synthetic") == "none":
         values["real_batch"] = values.get("batch_size", Config.batch_size)
     if values.get("guidance_rule") == "paper":
         values.setdefault("guidance", 1.0)  # the paper's; its unit is another
+    values.setdefault("guidance", guidance_of(agent))
     values |= {"sweep": tuple(values["sweep"])} if "sweep" in values else {}
     return from_values(values, hyper)
+
+
+def guidance_of(agent: str) -> float:
+    """-> the default of --guidance; docs/ablation.md has the runs that chose it."""
+    return GUIDANCE.get(agent, Config.guidance)
 
 
 def read_hyper(given: dict[str, Any], agent: str, task: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ import numpy as np
 
 import agents
 import data
-from host import cli, devices, envs
+from host import cli, devices, envs, flags
 from host.errors import UserError
 from host.export import export
 from host.files import say
@@ -48,7 +48,6 @@ BODY = (  # half of each batch is real, as chosen on hopper-medium-replay
     "--num-seeds 4 --sample-steps 16 --preset laptop --features 64 --hyper.hidden 128 128 "
     "--updates 2500 --trajectories 1024 --buffer-rounds 4 --real-batch 128 --model-steps 10000"
 )
-GUIDANCE = "64"  # lambda, chosen on pendulum-random, reacher-random and hopper-medium-replay
 GYMNAX = {  # name, or name@N for the first N steps of its log -> flags
     "pendulum-random": SMALL,
     "swimmer-random": SMALL,
@@ -91,9 +90,9 @@ GRID = [  # agent and its logs, in the order in which they are run
 # The weight of an agent's pull to the data, and by how much the control makes it weaker, twice
 PULL = {"td3_bc": "alpha", "rebrac": "actor_bc", "iql": "beta"}
 WEAKER = {"td3_bc": 4.0, "rebrac": 0.25, "iql": 4.0}
-ARMS = {  # flags of a row; the log alone also sweeps the agent's weight, as the control
+ARMS = {  # flags of a row, before the values of its sweep: weights of the agent, or lambda
     "log": "--synthetic none --sweep",
-    "diffusion": f"--sweep guidance 0 {GUIDANCE}",
+    "diffusion": "--sweep guidance 0",
     "world-model": "--synthetic world-model",
 }
 COLUMNS = ("log alone", "log alone, best weight", "unguided", "guided", "world model")
@@ -132,6 +131,7 @@ class Row(NamedTuple):
         if self.arm == "log":
             words += [f"hyper.{pull}", *map(str, weights)]
         else:
+            words += [f"{flags.guidance_of(self.agent):g}"] if self.arm == "diffusion" else []
             words += [f"--hyper.{pull}", str(weights[0])]
         if steps:
             words += ["--dataset-path", str(shortened(self.task, folder))]

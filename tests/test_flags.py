@@ -282,6 +282,14 @@ def test_the_papers_rule_has_the_papers_weight_unless_one_is_given():
 
 
 @pytest.mark.parametrize("agent", agents.AGENTS)
+def test_agents_that_clone_by_advantage_have_a_weak_guide_unless_one_is_given(agent):
+    weight = lambda *words: flags.parse(["--agent", agent, *words]).config.guidance
+    assert weight() == weight("--preset", "laptop") == (4.0 if agent in ("iql", "awac") else 64.0)
+    assert weight("--guidance", "9") == 9.0
+    assert weight("--guidance-rule", "paper") == weight("--preset", "paper") == 1.0
+
+
+@pytest.mark.parametrize("agent", agents.AGENTS)
 def test_integer_hyperparameters_that_cannot_work_are_one_clear_line(agent, capsys):
     for name, hyper in agents.hyperparameters(agent).items():
         for value in (-1, 0, 10**12) if hyper.type is not float else ():

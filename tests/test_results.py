@@ -82,7 +82,7 @@ def test_every_row_of_the_grid_is_a_run_that_would_start(tmp_path):
         if row.arm == "log":
             assert {p[f"hyper.{weight}"] for p in points} == set(values)
         elif row.arm == "diffusion":
-            assert {p["guidance"] for p in points} == {0.0, float(results.GUIDANCE)}
+            assert {p["guidance"] for p in points} == {0.0, flags.guidance_of(row.agent)}
 
 
 def test_weights_begin_with_the_published_one_and_pull_less_and_less():
