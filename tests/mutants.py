@@ -219,6 +219,12 @@ MUTANTS = [
         ("state = state._replace(round=state.round + 1)  # other keys", "pass"),
     ),
     *mutants(
+        "host/flags.py",
+        ('"awac": 4.0', '"awac": 64.0'),
+        ('values.setdefault("guidance", guidance_of', 'values.__setitem__("guidance", guidance_of'),
+        ("return GUIDANCE.get(agent, Config.guidance)", "return Config.guidance"),
+    ),
+    *mutants(
         "host/envs.py",
         ("returns += reward * alive", "returns += reward"),
     ),
