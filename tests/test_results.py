@@ -233,6 +233,9 @@ HALF, LAST = (lambda x: np.mean(x[len(x) // 2 :])), (lambda x: x[-1])  # of the 
         ("rebrac/pendulum-random", "guidance", "ablation", (HALF,)),
         ("rebrac/reacher-random-log", "hyper.actor_bc", "ablation", (HALF,)),
         ("rebrac/pendulum-random-log", "hyper.actor_bc", "ablation", (HALF,)),
+        ("hopper_alpha/log", "hyper.alpha", "ablation", (HALF,)),
+        ("hopper_alpha/published", "guidance", "ablation", (HALF,)),
+        ("hopper_alpha", ("guidance", "hyper.alpha"), "ablation", (HALF,)),
         ("swimmer_cut", "hyper.alpha", "results", (LAST,)),
     ],
 )
@@ -241,7 +244,8 @@ def test_a_page_shows_the_scores_of_the_runs_that_it_names(folder, setting, page
     assert f"results/guide/{folder})" in text
     scores = {}
     for row in csv.DictReader(open(path / "metrics.csv")):
-        of_point = scores.setdefault(row.get(setting), {})
+        point = tuple(row.get(key) for key in np.atleast_1d(setting))
+        of_point = scores.setdefault(point, {})
         of_point.setdefault(row["seed"], []).extend([float(row["score"])] if row["score"] else [])
     for of_seed, measure in itertools.product(scores.values(), measures):
         assert ope.spread_of([measure(x) for x in of_seed.values()]) in " ".join(text.split())
