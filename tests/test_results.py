@@ -233,6 +233,8 @@ HALF, LAST = (lambda x: np.mean(x[len(x) // 2 :])), (lambda x: x[-1])  # of the 
         ("rebrac/pendulum-random", "guidance", "ablation", (HALF,)),
         ("rebrac/reacher-random-log", "hyper.actor_bc", "ablation", (HALF,)),
         ("rebrac/pendulum-random-log", "hyper.actor_bc", "ablation", (HALF,)),
+        ("awac", "guidance", "ablation", (HALF,)),
+        ("awac/log", None, "ablation", (HALF,)),
         ("hopper_alpha/log", "hyper.alpha", "ablation", (HALF,)),
         ("hopper_alpha/published", "guidance", "ablation", (HALF,)),
         ("hopper_alpha", ("guidance", "hyper.alpha"), "ablation", (HALF,)),
