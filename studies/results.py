@@ -146,10 +146,10 @@ def grid(tasks_of: Sequence[tuple[str, dict[str, str]]]) -> Iterator[Row]:
     task. The models are those that the first agent with the task has fitted."""
     fitted: dict[tuple, str] = {}
     for agent, tasks in tasks_of:
-        for (task, flags), arm in itertools.product(tasks.items(), ARMS):
+        for (task, own), arm in itertools.product(tasks.items(), ARMS):
             models = None if arm == "log" else fitted.get((task, arm))
             fitted.setdefault((task, arm), agent)
-            yield Row(task, agent, arm, flags, models)
+            yield Row(task, agent, arm, own, models)
 
 
 def shortened(task: str, folder: Path) -> Path:
