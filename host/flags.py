@@ -285,7 +285,7 @@ def parse(argv: Sequence[str]) -> Flags:
 
 
 def guidance_of(agent: str) -> float:
-    """-> the default of --guidance; docs/ablation.md has the runs that chose it."""
+    """-> the default of --guidance; docs/ablation.md has the runs."""
     return GUIDANCE.get(agent, Config.guidance)
 
 

@@ -65,6 +65,14 @@ def line(ax, xs: Sequence[float], bands: Sequence, label: str, colour: str | Non
     ax.fill_between(xs, low, high, color=colour, alpha=0.15, lw=0)
 
 
+def add_legend(figure) -> None:
+    """Put a legend of the curves of all panels below them, each label once."""
+    found = [ax.get_legend_handles_labels() for ax in figure.axes]
+    handles = {label: handle for both in found for handle, label in zip(*both)}
+    num = min(len(handles), int(figure.get_figwidth() / 1.6))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=num)
+
+
 def band(values: Sequence[float]) -> tuple[float, float, float]:
     """Values over seeds -> (mean, low, high), the 95 % interval of the mean."""
     mean, ci95 = interval([float(v) for v in values])

@@ -90,7 +90,7 @@ GRID = [  # agent and its logs, in the order in which they are run
 # The weight of an agent's pull to the data, and by how much the control makes it weaker, twice
 PULL = {"td3_bc": "alpha", "rebrac": "actor_bc", "iql": "beta"}
 WEAKER = {"td3_bc": 4.0, "rebrac": 0.25, "iql": 4.0}
-ARMS = {  # flags of a row, before the values of its sweep: weights of the agent, or lambda
+ARMS = {  # flags of a row; Row.command adds the weights of the agent, or lambda
     "log": "--synthetic none --sweep",
     "diffusion": "--sweep guidance 0",
     "world-model": "--synthetic world-model",
@@ -346,9 +346,13 @@ def column_of(scores: dict, agent: str, column: str) -> dict[str, dict[int, floa
 
 
 def aggregated(scores: dict, agent: str, column: str) -> dict[str, list[float]]:
-    """-> {task: scores} of a column, without the tasks of development."""
+    """-> {task: scores} of a column, without the tasks of development. It is empty for a column
+    that lacks one of the other tasks, because its mean could not be compared."""
+    tasks = [task for task, a in complete(scores) if a == agent and task not in DEVELOPMENT]
     found = column_of(scores, agent, column)
-    return {task: list(x.values()) for task, x in found.items() if task not in DEVELOPMENT}
+    if not found.keys() >= set(tasks):
+        return {}
+    return {task: list(found[task].values()) for task in tasks}
 
 
 def cell(values: Sequence[float]) -> str:
@@ -491,8 +495,8 @@ def draw_curves(out: Path) -> str:
             if mine:
                 bands = [(x["mean"], x["low"], x["high"]) for x in mine]
                 figures.line(ax, [x["updates"] for x in mine], bands, column)
-        ax.set(title=f"{task}, {agent}", xlabel="agent updates", ylabel="normalised score")
-    axes[0, 0].legend()
+        ax.set(title=f"{task}\n{agent}", xlabel="agent updates", ylabel="normalised score")
+    figures.add_legend(figure)
     figures.save_figure(out / "curves.png", figure)
     return "curves.png"
 
@@ -513,7 +517,7 @@ def draw_profiles(out: Path) -> list[str]:
                 low, high = statistics.interval_of(of, values, resamples=500)
                 figures.line(ax, thresholds, np.stack([of(values), low, high], 1), column)
         ax.set(title=agent, xlabel="normalised score", ylabel="share of runs above it")
-    axes[0, 0].legend()
+    figures.add_legend(figure)
     figures.save_figure(out / "profiles.png", figure)
     return ["profiles.png"]
 
@@ -538,7 +542,7 @@ def draw_sizes(out: Path) -> list[str]:
             if mine:
                 figures.line(ax, [steps[task] for task in mine], bands, column, marker="o", ms=3)
         ax.set(title=name, xlabel="steps of the log", ylabel="normalised score", xscale="log")
-    axes[0, 0].legend()
+    figures.add_legend(figure)
     figures.save_figure(out / "sizes.png", figure)
     return ["sizes.png"]
 

@@ -175,6 +175,29 @@ def test_a_log_of_development_has_no_part_in_the_aggregate(tmp_path, monkeypatch
     assert (tmp_path / "profiles.png").exists()
 
 
+def test_a_column_that_lacks_a_task_has_no_part_in_the_aggregate(tmp_path):
+    fill(tmp_path, guided=40)
+    lines, found = results.read(tmp_path / "scores.csv"), {}
+    for tasks in (("easy",), ("easy", "hard")):
+        more = [x | {"arm": "world model"} for x in lines
+                if x["arm"] == "log alone" and x["task"] in tasks]  # fmt: skip
+        results.save_table(tmp_path / "scores.csv", lines + more)
+        made = results.tables(tmp_path)
+        assert cells(made["td3_bc-scores"])["easy"][-1] != ""
+        found[tasks] = cells(made["td3_bc-aggregate"]).get("world model")
+    assert found[("easy",)] is None and found[("easy", "hard")][0] == "2"
+
+
+def test_the_legend_names_the_curves_of_every_panel():
+    figure, axes = figures.new_figure(1, 2)
+    for ax, labels in zip(axes[0], [("guided",), ("guided", "world model")]):
+        for label in labels:
+            figures.line(ax, [0, 1], [(0, 0, 0), (1, 1, 1)], label)
+    figures.add_legend(figure)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["guided", "world model"]
+
+
 def test_a_worse_guide_is_reported_as_worse(tmp_path):
     fill(tmp_path, guided=0)
     made = results.tables(tmp_path)
