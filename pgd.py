@@ -73,7 +73,7 @@ class Config:
     s_tmax: float = 50.0  # heun: no churn above this noise level
     s_noise: float = 1.003  # heun: inflation of the added noise
     # --- Guidance ---
-    guidance: float = 64.0  # exponent of N(policy's action, 1); 4 with iql and awac; 0: unguided
+    guidance: float = 64.0  # exponent of N(policy's action, 1); 4 suits iql and awac; 0: unguided
     value_guidance: float = 0.0  # weight of the critic's Q(s, a) / mean |Q| in the log-density
     behaviour_guidance: float = 0.0  # exponent by which a clone of the log's policy is divided out
     condition_on_start: bool = False  # generate trajectories from given first observations

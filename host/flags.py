@@ -212,7 +212,8 @@ def help_text(agent: str = Config.agent, everything: bool = False) -> str:
     lines += [
         "The defaults are those of the small gymnax tasks; larger tasks and --preset have others."
     ]
-    flags = all_flags()
+    own = {"guidance": guidance_of(agent)}
+    flags = [f._replace(default=own.get(f.name, f.default)) for f in all_flags()]
     groups = dict.fromkeys([*SHORT, *(flag.group for flag in flags)] if everything else SHORT)
     for group in groups:
         lines += ["", f"{group}:"]

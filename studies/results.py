@@ -90,9 +90,9 @@ GRID = [  # agent and its logs, in the order in which they are run
 # The weight of an agent's pull to the data, and by how much the control makes it weaker, twice
 PULL = {"td3_bc": "alpha", "rebrac": "actor_bc", "iql": "beta"}
 WEAKER = {"td3_bc": 4.0, "rebrac": 0.25, "iql": 4.0}
-ARMS = {  # flags of a row; Row.command adds the weights of the agent, or lambda
+ARMS = {  # flags of a row; the log alone also sweeps the agent's weight, as the control
     "log": "--synthetic none --sweep",
-    "diffusion": "--sweep guidance 0",
+    "diffusion": "--sweep guidance 0 {guidance:g}",
     "world-model": "--synthetic world-model",
 }
 COLUMNS = ("log alone", "log alone, best weight", "unguided", "guided", "world model")
@@ -126,12 +126,12 @@ class Row(NamedTuple):
     def command(self, folder: Path) -> list[str]:
         """-> the flags of pgd.py; `folder` holds the runs."""
         env, _, steps = self.task.partition("@")
-        words = shlex.split(f"--env {env} --agent {self.agent} {self.flags} {ARMS[self.arm]}")
+        arm = ARMS[self.arm].format(guidance=flags.guidance_of(self.agent))
+        words = shlex.split(f"--env {env} --agent {self.agent} {self.flags} {arm}")
         pull, weights = PULL[self.agent], weights_of(self.agent, self.task)
         if self.arm == "log":
             words += [f"hyper.{pull}", *map(str, weights)]
         else:
-            words += [f"{flags.guidance_of(self.agent):g}"] if self.arm == "diffusion" else []
             words += [f"--hyper.{pull}", str(weights[0])]
         if steps:
             words += ["--dataset-path", str(shortened(self.task, folder))]

@@ -285,6 +285,8 @@ def test_the_papers_rule_has_the_papers_weight_unless_one_is_given():
 def test_agents_that_clone_by_advantage_have_a_weak_guide_unless_one_is_given(agent):
     weight = lambda *words: flags.parse(["--agent", agent, *words]).config.guidance
     assert weight() == weight("--preset", "laptop") == (4.0 if agent in ("iql", "awac") else 64.0)
+    line = next(x for x in flags.help_text(agent).splitlines() if x.startswith("  --guidance "))
+    assert line.endswith(f"(default {weight()})")
     assert weight("--guidance", "9") == 9.0
     assert weight("--guidance-rule", "paper") == weight("--preset", "paper") == 1.0
 
