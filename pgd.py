@@ -59,8 +59,9 @@ class Config:
     fit_batch: int = 256  # trajectories in each gradient step of the denoiser
     fit_lr: float = 5e-3  # peak learning rate: linear warm-up over a tenth, then a cosine to 0
     ema: float = 0.995  # decay per step of the averaged parameters, which the sampler uses
-    p_mean: float = -0.8  # mean of ln sigma in training (EDM Table 1)
+    p_mean: float = 0.6  # mean of ln sigma in training (EDM Table 1)
     p_std: float = 1.4  # standard deviation of ln sigma in training (EDM Table 1)
+    obs_noise: float = 0.25  # noise on observations, as a fraction of that on actions
     # --- Sampler ---
     sampler: Literal["sde", "heun"] = "sde"  # sde: one call per level; heun: EDM Algorithm 2
     sample_steps: int = 16  # number of noise levels (N)
@@ -174,7 +175,6 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
     if one_episode:  # its last part is held out
         timeouts[-last_part - 1] = True
     low, high = (np.broadcast_to(np.float32(b), num_act) for b in (action_low, action_high))
-
     # Standardise every channel of (observation, arctanh of the action, reward, done)
     final_obs = log.get("next_observations", obs[:0])
     final_obs = final_obs[timeouts[: len(final_obs)]]
@@ -190,7 +190,6 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
         mean[-1] = std[-1] = 0.5
     steps -= mean.astype(kind)
     steps /= std.astype(kind)
-
     # Windows, successors, and whole episodes that are held out at random
     starts = window_starts(terminals, timeouts, config.horizon)
     episode = np.concatenate([[0], np.cumsum(terminals | timeouts)[:-1]])  # (N,)
@@ -214,7 +213,6 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
 def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
     """Sampled trajectories (S, T, D) -> Transition (S * T, ...). The first transitions of all take
     the places of what follows a terminal, and of last steps, which have no successor."""
-    chex.assert_rank(x, 3)
     t, last = dataset.split(x), jnp.arange(x.shape[1]) == x.shape[1] - 1
     kept = ((jnp.cumsum(t.done, axis=1) == t.done) & ((t.done > 0) | ~last)).ravel()
     after = jnp.arange(kept.size) + ((t.done == 0) & ~last).ravel()
@@ -293,8 +291,8 @@ def activation_dtype(config: Config):
     device = jax.local_devices()[0]
     nvidia = device.platform == "gpu" and str(getattr(device, "compute_capability", "none"))
     fast = device.platform == "tpu" or (nvidia and nvidia[0].isdigit() and float(nvidia) >= 8.0)
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and fast)
-    return jnp.bfloat16 if bfloat16 else jnp.float32
+    best = "bfloat16" if fast else "float32"
+    return jnp.dtype(best if config.precision == "auto" else config.precision)
 
 
 def unet(params: dict, x: chex.Array, c_noise: chex.Array, config: Config) -> chex.Array:
@@ -326,19 +324,21 @@ def unet(params: dict, x: chex.Array, c_noise: chex.Array, config: Config) -> ch
 # --- EDM: preconditioning, loss, schedule, samplers (arXiv 2206.00364) ---
 
 SIGMA_DATA = 1.0  # every channel is standardised
-LABELS = 2  # last channels, reward and done, which follow from the others: noise hides them wholly
+LABELS = 2  # the last channels, reward and done, which follow from the others
 
 
-def channel_noise(sigma, dim: int, labels: int) -> chex.Array:
-    """sigma (...) -> noise levels (..., 1, D) of D = dim channels; infinite for the labels."""
-    return jnp.where(jnp.arange(dim) < dim - labels, jnp.asarray(sigma)[..., None, None], jnp.inf)
+def noise_scale(dataset: Dataset, config: Config) -> chex.Array:
+    """-> (D,): the noise on each channel, in units of sigma. Observations have less of it, so that
+    actions are learnt and sampled at states that are nearly clean; that of labels hides them."""
+    scales = jnp.array([config.obs_noise, 1.0, jnp.inf])
+    return jnp.repeat(scales, np.array([dataset.obs_dim, dataset.act_dim, LABELS]))
 
 
-def precondition(network: Callable, labels: int = LABELS) -> Callable:
-    """F(x, c_noise) -> denoiser D(x (..., T, D), sigma (...)) (EDM Table 1)."""
+def precondition(network: Callable, scale=1.0) -> Callable:
+    """F(x, c_noise) -> denoiser D(x (..., T, D), sigma (...)) (EDM Table 1); scale: noise_scale."""
 
     def denoiser(x, sigma):
-        s = channel_noise(sigma, x.shape[-1], labels)
+        s = jnp.asarray(sigma)[..., None, None] * scale
         c_skip = SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2)
         c_out = SIGMA_DATA / jnp.sqrt(1.0 + (SIGMA_DATA / s) ** 2)
         c_in = 1.0 / jnp.sqrt(s**2 + SIGMA_DATA**2)
@@ -347,18 +347,17 @@ def precondition(network: Callable, labels: int = LABELS) -> Callable:
     return denoiser
 
 
-def edm_loss(denoiser: Callable, x, sigma, noise, labels: int = LABELS) -> chex.Array:
+def edm_loss(denoiser: Callable, x, sigma, noise, scale=1.0) -> chex.Array:
     """x, noise (B, T, D), sigma (B,) -> weighted squared error () (EDM equations 2 and 8)."""
-    weight = SIGMA_DATA**-2 + channel_noise(sigma, x.shape[-1], labels) ** -2
-    error = denoiser(x + sigma[:, None, None] * noise, sigma) - x
-    return jnp.mean(weight * error**2)
+    s = sigma[:, None, None] * scale
+    error = denoiser(x + jnp.nan_to_num(s, posinf=0.0) * noise, sigma) - x
+    return jnp.mean((SIGMA_DATA**-2 + s**-2) * error**2)
 
 
 def noise_levels(config: Config) -> chex.Array:
     """-> (N + 1,): sigma_max down to sigma_min, then 0 (EDM equation 5)."""
-    ramp = jnp.linspace(1.0, 0.0, config.sample_steps)
     low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
-    return jnp.append((low + ramp * (high - low)) ** config.rho, 0.0)
+    return jnp.append(jnp.linspace(high, low, config.sample_steps) ** config.rho, 0.0)
 
 
 def sample_heun(key, denoiser: Callable, shape, sigmas, churn=(0, 0, 0, 1)):
@@ -368,7 +367,6 @@ def sample_heun(key, denoiser: Callable, shape, sigmas, churn=(0, 0, 0, 1)):
     num = sigmas.shape[0] - 1
 
     def add_noise(x, i):
-        """Raise the noise level of x from sigma to sigma_hat -> (x_hat, sigma_hat)."""
         gamma = jnp.minimum(s_churn / num, 2**0.5 - 1)
         gamma = jnp.where((s_tmin <= sigmas[i]) & (sigmas[i] <= s_tmax), gamma, 0.0)
         noise = s_noise * jax.random.normal(jax.random.fold_in(key, i + 1), shape)
@@ -391,9 +389,8 @@ def sample_heun(key, denoiser: Callable, shape, sigmas, churn=(0, 0, 0, 1)):
 
 
 def sample_sde(key, denoiser: Callable, shape, sigmas, eta=1.0):
-    """Exponential integrator of the reverse-time SDE, of second order (DPM-Solver++, section 5 of
-    arXiv 2211.01095) -> (shape), in N denoiser calls; arguments as of sample_heun. eta: noise
-    re-injected per step; 0 is the ODE, 1 the reverse SDE."""
+    """Second-order integrator of the reverse-time SDE (DPM-Solver++, section 5 of arXiv 2211.01095)
+    -> (shape), in N denoiser calls; arguments as sample_heun's. eta: 0 is the ODE, 1 the SDE."""
     num = sigmas.shape[0] - 1
     h = jnp.log(sigmas[:-2] / sigmas[1:-1])  # (N - 1,)
 
@@ -430,10 +427,10 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
     gradient = jax.grad(lambda t: sum(jnp.sum(weight * score(t)) for weight, score in terms))
 
     def guide(denoised, sigma):
-        v = (sigma**2 * SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2))[..., None, None]
+        s = jnp.stack([config.obs_noise * sigma, sigma])[..., None, None]
+        v, v_u = s**2 * SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2)  # of an observation, of an action
         t = dataset.split(denoised)._replace(reward=None, done=None)  # no score sees them
-        # Gradient, and Gauss-Newton curvature by row sums of the Hessian
-        g, h = jax.jvp(gradient, (t,), (jax.tree.map(jnp.ones_like, t),))
+        g, h = jax.jvp(gradient, (t,), (jax.tree.map(jnp.ones_like, t),))  # h: Hessian's row sums
         # States: about sqrt(v) where no curvature stops them within 2 standard deviations
         k = jax.nn.relu(-h.obs)
         k += jax.nn.relu(jnp.abs(g.obs) - 2.0 * k) / jnp.sqrt(v)
@@ -441,7 +438,7 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
         # Actions a = tanh(u): to the mode of N(a, v_a) exp(score), by halving the way to the log's
         # bounds; by sqrt(v) at most where neither a top nor curvature stops the score before them
         a, u, sign = t.action, denoised[..., is_action] * std + mean, jnp.sign(g.action)
-        v_a, end = v * (std * (1.0 - a**2)) ** 2, sign * jnp.maximum(jnp.abs(u), 3.8) - u
+        v_a, end = v_u * (std * (1.0 - a**2)) ** 2, sign * jnp.maximum(jnp.abs(u), 3.8) - u
         uphill = lambda d: sign * gradient(t._replace(action=jnp.tanh(u + d))).action
         # A point: its distance d in u, and the slope of the log-density, which is 0 at the mode
         point = lambda d: jnp.stack([d, v_a * uphill(d) - sign * (jnp.tanh(u + d) - a)])
@@ -452,7 +449,7 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
         share = near[1] / jnp.maximum(near[1] - jnp.minimum(far[1], 0.0), 1e-30)
         change = (near + share * (far - near))[0] / std
         stops = (uphill(end) < 0) | (jnp.abs(g.action) < -2.0 * h.action)
-        change = jnp.where(stops, change, jnp.clip(change, -jnp.sqrt(v), jnp.sqrt(v)))
+        change = jnp.where(stops, change, jnp.clip(change, -jnp.sqrt(v_u), jnp.sqrt(v_u)))
         return denoised + jnp.concatenate([moved, change, jnp.zeros((*u.shape[:-1], LABELS))], -1)
 
     return guide if terms else lambda denoised, _: denoised
@@ -498,9 +495,10 @@ def make_optimiser(config: Config) -> optax.GradientTransformation:
     return optax.contrib.muon(lambda step: config.fit_lr * unit(step), consistent_rms=0.2)
 
 
-def make_denoiser(params: dict, config: Config, start=None, guide=lambda x, _: x) -> Callable:
+def make_denoiser(params, dataset: Dataset, config: Config, start=None, guide=lambda x, _: x):
     """Parameters -> D(x (B, T, D), sigma), of trajectories that begin at start (B, O) if given. The
     network sees the start at every step, since its convolutions reach only a few steps."""
+    scale = noise_scale(dataset, config)
     with_start = lambda x: x if start is None else x.at[..., 0, : start.shape[-1]].set(start)
 
     def network(x, c_noise):
@@ -509,7 +507,7 @@ def make_denoiser(params: dict, config: Config, start=None, guide=lambda x, _: x
             x = jnp.concatenate([with_start(x), everywhere], -1)
         return unet(params, x, c_noise, config)
 
-    return lambda x, sigma: with_start(guide(precondition(network)(x, sigma), sigma))
+    return lambda x, sigma: with_start(guide(precondition(network, scale)(x, sigma), sigma))
 
 
 def denoising_loss(params, key, dataset: Dataset, starts, num: int, config: Config) -> chex.Array:
@@ -518,8 +516,8 @@ def denoising_loss(params, key, dataset: Dataset, starts, num: int, config: Conf
     x = dataset.windows(key_window, starts, num, config.horizon)
     sigma = jnp.exp(config.p_mean + config.p_std * jax.random.normal(key_sigma, (num,)))
     start = x[:, 0, : dataset.obs_dim] if config.condition_on_start else None
-    noise = jax.random.normal(key_noise, x.shape)
-    return edm_loss(make_denoiser(params, config, start), x, sigma, noise)
+    noise, scale = jax.random.normal(key_noise, x.shape), noise_scale(dataset, config)
+    return edm_loss(make_denoiser(params, dataset, config, start), x, sigma, noise, scale)
 
 
 def init_diffusion(key, dataset: Dataset, config: Config) -> DenoiserState:
@@ -555,11 +553,13 @@ def sample(key, state, dataset, config: Config, terms=(), start=None, rule=make_
         first = jax.random.choice(key_start, dataset.train_starts, (config.sample_batch,))
         start = dataset.steps[first, : dataset.obs_dim]
     num = config.sample_batch if start is None else start.shape[0]
-    denoiser = make_denoiser(state.ema, config, start, rule(terms, dataset, config))
-    args = denoiser, (num, config.horizon, dataset.steps.shape[-1]), noise_levels(config)
-    if config.sampler == "sde":
-        return sample_sde(key, *args, config.eta)
-    return sample_heun(key, *args, (config.s_churn, config.s_tmin, config.s_tmax, config.s_noise))
+    denoiser = make_denoiser(state.ema, dataset, config, start, rule(terms, dataset, config))
+    scale = jnp.nan_to_num(noise_scale(dataset, config), posinf=1.0)
+    scaled = lambda x, sigma: denoiser(scale * x, sigma) / scale  # all channels at noise sigma
+    args = scaled, (num, config.horizon, dataset.steps.shape[-1]), noise_levels(config)
+    churn = config.s_churn, config.s_tmin, config.s_tmax, config.s_noise
+    heun = config.sampler == "heun"
+    return scale * (sample_heun(key, *args, churn) if heun else sample_sde(key, *args, config.eta))
 
 
 def generate(key, state, policy, weight, dataset, config, terms=(), rule=make_guide):

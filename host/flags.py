@@ -88,9 +88,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "paper": dict(
         horizon=32, features=1_024, levels=3, blocks=1, fit_steps=1_000_000, fit_batch=32,
-        ema=0.9995, p_mean=-1.2, p_std=1.2, sampler="heun", sample_steps=256, sigma_min=0.002,
-        sigma_max=80.0, rho=7.0, guidance=1.0, guidance_rule="paper", rounds=100, updates=10_000,
-        trajectories=8_192, sample_batch=256,
+        ema=0.9995, p_mean=-1.2, p_std=1.2, obs_noise=1.0, sampler="heun", sample_steps=256,
+        sigma_min=0.002, sigma_max=80.0, rho=7.0, guidance=1.0, guidance_rule="paper", rounds=100,
+        updates=10_000, trajectories=8_192, sample_batch=256,
     ),
 }  # fmt: skip
 GUIDANCE = {"iql": 4.0, "awac": 4.0}  # of agents that clone actions, weighted by their advantage
@@ -462,6 +462,7 @@ def rules(j: Job, c: Config) -> Iterator[tuple[str, bool]]:
     yield "--sigma-max must be at most 1,000,000", c.sigma_max <= 1e6
     yield "--rho must lie between 0.1 and 100", 0.1 <= c.rho <= 100
     yield "--p-std must lie between 0 and 10", 0 < c.p_std <= 10
+    yield "--obs-noise must lie between 0.01 and 100", 0.01 <= c.obs_noise <= 100
     yield "--fit-lr must be above 0", c.fit_lr > 0
     yield "--ema must be at least 0 and below 1", 0 <= c.ema < 1
     yield "--s-churn and --eta must be at least 0", min(c.s_churn, c.eta) >= 0
@@ -506,7 +507,7 @@ def check_dataset(flags: Flags, dataset, longest: int) -> None:
 # --- Sweeps ---
 
 FIT_FIELDS = {  # numbers that change a model; they can be swept and do not compile anew
-    "diffusion": ("fit_lr", "ema", "p_mean", "p_std"),
+    "diffusion": ("fit_lr", "ema", "p_mean", "p_std", "obs_noise"),
     "world-model": ("model_lr", "model_decay"),
     "none": (),
 }

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import toy_log
 
 import pgd
 from studies import samplers
@@ -38,7 +39,7 @@ def test_schedule_runs_from_sigma_max_to_sigma_min_then_zero(rho):
 
 
 def test_preconditioned_zero_network_is_the_exact_denoiser_of_unit_gaussian_data():
-    denoiser = pgd.precondition(lambda x, c_noise: jnp.zeros_like(x), labels=0)
+    denoiser = pgd.precondition(lambda x, c_noise: jnp.zeros_like(x))
     x = jax.random.normal(jax.random.key(0), (5, 4, 3))
     sigma = jnp.array([0.01, 0.1, 1.0, 10.0, 80.0])
     np.testing.assert_allclose(denoiser(x, sigma), x / (1 + sigma[:, None, None] ** 2), rtol=1e-6)
@@ -55,7 +56,7 @@ def test_preconditioning_keeps_input_and_target_at_unit_variance():
     x0, noise = jax.random.normal(key_x, (20_000, 1, 1)), jax.random.normal(key_n, (20_000, 1, 1))
     for s in (0.05, 1.0, 20.0):
         sigma = jnp.full(20_000, s)
-        denoiser = pgd.precondition(network, labels=0)
+        denoiser = pgd.precondition(network)
         skip = denoiser(x0 + s * noise, sigma)
         assert np.std(seen["x"]) == pytest.approx(1.0, abs=0.02)
         np.testing.assert_allclose(seen["c_noise"], np.log(s) / 4, rtol=1e-5)
@@ -66,17 +67,18 @@ def test_preconditioning_keeps_input_and_target_at_unit_variance():
 def test_loss_of_the_exact_denoiser_of_unit_gaussian_data_is_one_at_every_noise_level():
     key_x, key_n = jax.random.split(jax.random.key(0))
     x, noise = jax.random.normal(key_x, (4096, 4, 3)), jax.random.normal(key_n, (4096, 4, 3))
-    for labels in (0, 2):
-        denoiser = pgd.precondition(lambda x, c_noise: jnp.zeros_like(x), labels)
+    for scale in (1.0, jnp.array([0.25, 1.0, jnp.inf])):
+        denoiser = pgd.precondition(lambda x, c_noise: jnp.zeros_like(x), scale)
         for s in (0.02, 0.3, 5.0):
-            loss = pgd.edm_loss(denoiser, x, jnp.full(4096, s), noise, labels)
+            loss = pgd.edm_loss(denoiser, x, jnp.full(4096, s), noise, scale)
             assert float(loss) == pytest.approx(1.0, abs=0.03)
 
 
 def test_labels_are_not_seen_and_are_what_the_network_says_at_every_noise_level():
     """Reward and done, the last two of a step's channels, whose noise counts as infinite."""
     seen, said = [], jax.random.normal(jax.random.key(1), (3, 4, 5))
-    denoiser = pgd.precondition(lambda x, c_noise: seen.append(np.asarray(x)) or said)
+    scale = jnp.array([1.0, 1.0, 1.0, jnp.inf, jnp.inf])
+    denoiser = pgd.precondition(lambda x, c_noise: seen.append(np.asarray(x)) or said, scale)
     x, sigma = jax.random.normal(jax.random.key(0), (3, 4, 5)), jnp.array([0.02, 1.0, 40.0])
     made = denoiser(x, sigma)
     c_in, c_skip = 1 / np.sqrt(1 + sigma[:, None, None] ** 2), 1 / (1 + sigma[:, None, None] ** 2)
@@ -88,13 +90,29 @@ def test_labels_are_not_seen_and_are_what_the_network_says_at_every_noise_level(
     # the squared error of a label counts once, whatever the noise
     wrong = lambda x, sigma: x0 + jnp.array([0.0, 0.0, 0.0, 2.0, 1.0])
     x0 = jnp.zeros((3, 4, 5))
-    assert float(pgd.edm_loss(wrong, x0, sigma, x0)) == pytest.approx((4.0 + 1.0) / 5)
+    assert float(pgd.edm_loss(wrong, x0, sigma, x0, scale)) == pytest.approx((4.0 + 1.0) / 5)
+
+
+def test_each_channel_has_its_own_noise_and_its_own_weight_in_the_loss():
+    """The noise on observations is obs_noise times that on actions; labels have none, since the
+    denoiser does not see them."""
+    config = pgd.Config(horizon=8, fit_batch=8, batch_size=8, obs_noise=0.5)
+    scale = pgd.noise_scale(pgd.make_dataset(toy_log(), config), config)
+    np.testing.assert_array_equal(scale, [0.5, 0.5, 0.5, 1, 1, np.inf, np.inf])
+    sigma, seen = jnp.array([0.5, 2.0]), []
+    x, noise = jnp.zeros((2, 1, 7)), jnp.ones((2, 1, 7))
+    loss = pgd.edm_loss(lambda x, _: seen.append(x) or jnp.eye(7)[0], x, sigma, noise, scale)
+    np.testing.assert_allclose(
+        seen[0][:, 0], np.outer(sigma, [0.5, 0.5, 0.5, 1, 1, 0, 0]), rtol=1e-6
+    )
+    weight = 1 + (0.5 * np.array([0.5, 2.0])) ** -2.0  # of an observation's error of 1
+    assert float(loss) == pytest.approx(weight.mean() / 7)
 
 
 def test_loss_does_not_depend_on_the_order_of_the_batch():
     config = pgd.Config(features=8, blocks=1)
     params = jax.jit(lambda key: shaken(pgd.init_unet(key, 4, 4, config)))(jax.random.key(0))
-    denoiser = pgd.precondition(lambda x, c: pgd.unet(params, x, c, config))  # 2 are labels
+    denoiser = pgd.precondition(lambda x, c: pgd.unet(params, x, c, config))
     key_x, key_n, key_s = jax.random.split(jax.random.key(1), 3)
     x, noise = jax.random.normal(key_x, (8, 16, 4)), jax.random.normal(key_n, (8, 16, 4))
     sigma = jnp.exp(jax.random.normal(key_s, (8,)))
@@ -312,11 +330,12 @@ def test_training_approaches_the_exact_denoiser_of_a_gaussian_process(levels):
     cov = rho ** np.abs(np.arange(horizon)[:, None] - np.arange(horizon))
     x0 = dataset.windows(jax.random.key(5), dataset.val_starts, 256, horizon)
     for sigma in (0.2, 1.0):
-        noisy = x0 + sigma * jax.random.normal(jax.random.key(6), x0.shape)
+        noise = sigma * jnp.array([config.obs_noise, 1.0, 0.0, 0.0])
+        noisy = x0 + noise * jax.random.normal(jax.random.key(6), x0.shape)
         exact = noisy[..., 0] @ (cov @ np.linalg.inv(cov + sigma**2 * np.eye(horizon))).T
         error = []
         for params in (state.params, trained.ema):
-            denoiser = pgd.precondition(lambda x, c, p=params: pgd.unet(p, x, c, config))
+            denoiser = pgd.make_denoiser(params, dataset, config)
             denoised = jax.jit(denoiser)(noisy, jnp.full(256, sigma))
             error.append(np.mean((denoised[..., [0, 2]] - exact[..., None]) ** 2, (0, 1)))
         assert np.all(error[1] < 0.1 * error[0]), (sigma, error)

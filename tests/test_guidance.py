@@ -45,18 +45,20 @@ def moved_by(terms, sigma=1.0, x=None, dataset=None):
     return np.asarray(moved), np.asarray(x), dataset
 
 
-def white_noise_denoiser(x, sigma):
-    """Exact for standardised white noise."""
-    return x / (1 + sigma**2)
+def white_noise_denoiser(x, s):
+    """Exact for standardised white noise; s: the noise on each channel."""
+    return x / (1 + s**2)
 
 
 def draw(sampler, denoiser, terms, dataset, config, num=2048, key=0, rule=pgd.make_guide):
-    """Guided samples (num, 8, D) of the config's horizon, with an exact denoiser."""
+    """Guided samples (num, 8, D) of the config's horizon, with an exact denoiser(x, s); s (D,):
+    the noise on each channel."""
     guide, sigmas = rule(terms, dataset, config), pgd.noise_levels(config)
-    guided = lambda x, sigma: guide(denoiser(x, sigma), sigma)
+    scale = jnp.array([config.obs_noise] * dataset.obs_dim + [1.0] * (dataset.act_dim + 2))
+    guided = lambda y, sigma: guide(denoiser(scale * y, scale * sigma), sigma) / scale
     shape = (num, config.horizon, dataset.steps.shape[-1])
     options = {} if sampler is pgd.sample_heun else {"eta": config.eta}
-    return sampler(jax.random.key(key), guided, shape, sigmas, **options)
+    return scale * sampler(jax.random.key(key), guided, shape, sigmas, **options)
 
 
 # --- One step of the guide ---
@@ -205,11 +207,11 @@ def test_correlated_states_and_actions_give_the_tilted_density_to_the_stated_err
     policy = lambda obs, action: -0.5 * jnp.sum(((action - m) / s - 0.5) ** 2, axis=-1)
     both = lambda x: jnp.concatenate([x[..., 0], x[..., 1]], -1)
 
-    def denoiser(x, sigma):
-        gain = jnp.linalg.solve(cov + sigma**2 * jnp.eye(2 * num), cov).T
-        d = both(x) @ gain.T
+    def denoiser(x, s):
+        noise = jnp.diag(jnp.repeat(s[:2] ** 2, num))
+        d = both(x) @ jnp.linalg.solve(cov + noise, cov)
         d = jnp.stack([d[:, :num], d[:, num:]], -1)
-        return jnp.concatenate([d, x[..., 2:] / (1 + sigma**2)], -1)
+        return jnp.concatenate([d, x[..., 2:] / (1 + s[2:] ** 2)], -1)
 
     @jax.jit
     def sample(weight):
@@ -237,10 +239,10 @@ def uniform_task(act_dim):
     first, last = 3, 3 + act_dim
     z = (jnp.arctanh(u)[:, None] - dataset.mean[first:last]) / dataset.std[first:last]  # (G, A)
 
-    def denoiser(x, sigma):
+    def denoiser(x, s):
         a = x[..., first:last]
-        w = jax.nn.softmax(-0.5 * ((a[..., None, :] - z) / sigma) ** 2, axis=-2)
-        return white_noise_denoiser(x, sigma).at[..., first:last].set((w * z).sum(-2))
+        w = jax.nn.softmax(-0.5 * ((a[..., None, :] - z) / s[first:last]) ** 2, axis=-2)
+        return white_noise_denoiser(x, s).at[..., first:last].set((w * z).sum(-2))
 
     return dataset, denoiser, np.asarray(u)
 
@@ -375,14 +377,14 @@ def test_a_tanh_gaussian_policy_is_followed_to_its_mode_and_not_past_it(std):
 def test_a_quadratic_score_of_ones_own_is_met_and_a_straight_one_is_followed():
     moved, x, dataset = moved_by([(1e6, mine)], sigma=1.0)
     np.testing.assert_allclose((x + moved)[:, 0, 0], 1.0, atol=1e-3)  # the top of the quadratic
-    np.testing.assert_allclose(moved[..., 2], np.sqrt(0.5), rtol=1e-3)  # sqrt(v), up
+    np.testing.assert_allclose(moved[..., 2], np.sqrt(1 / 17), rtol=1e-3)  # sqrt(v), up
     rest = moved.copy()
     rest[:, 0, 0] = rest[..., 2] = 0
     assert np.all(rest == 0)
     # and little weight moves by weight v g
     small, *_ = moved_by([(1e-4, mine)], sigma=1.0)
-    np.testing.assert_allclose(small[..., 2], 0.5e-4, rtol=1e-2)
-    np.testing.assert_allclose(small[:, 0, 0], -2e-4 * (x[:, 0, 0] - 1.0), rtol=1e-2, atol=1e-8)
+    np.testing.assert_allclose(small[..., 2], 1e-4 / 17, rtol=1e-2)
+    np.testing.assert_allclose(small[:, 0, 0], -4e-4 / 17 * (x[:, 0, 0] - 1.0), rtol=1e-2, atol=1e-8)
 
 
 def test_a_label_follows_from_the_states_and_actions_and_is_not_moved():
@@ -486,15 +488,16 @@ def exact_unet(params, x, c_noise, config):
     """Stands in for the network, so that the denoiser is exact for a Gaussian process of covariance
     AR whose first observation is known: x (B, 8, 7 + 3), of which 3 channels are the start."""
     sigma = jnp.exp(4.0 * c_noise)[..., None, None]
-    start, noisy = x[..., 7:], x[..., :7] * jnp.sqrt(sigma**2 + 1)  # c_in taken back
+    s = sigma * jnp.array([0.25] * 3 + [1.0] * 4)  # on each channel; the labels come as 0
+    start, noisy = x[..., 7:], x[..., :7] * jnp.sqrt(s**2 + 1)  # c_in taken back
     np.testing.assert_array_equal(x.shape[-2:], (8, 10))
     cov, level = jnp.asarray(AR, jnp.float32), jnp.reshape(sigma, (-1,))[0] ** 2
     free = jnp.linalg.solve(cov + level * jnp.eye(8), cov).T
-    known = jnp.linalg.solve(cov + level * jnp.diag((jnp.arange(8) > 0) * 1.0), cov).T
+    known = jnp.linalg.solve(cov + level / 16 * jnp.diag((jnp.arange(8) > 0) * 1.0), cov).T
     obs = jnp.concatenate([start[:, :1], noisy[:, 1:, :3]], axis=1)
     product = lambda w, y: jnp.einsum("ts,bsd->btd", w, y)
     denoised = jnp.concatenate([product(known, obs), product(free, noisy[..., 3:])], -1)
-    return (denoised - noisy / (1 + sigma**2)) * jnp.sqrt(1 + sigma**2) / sigma
+    return (denoised - noisy / (1 + s**2)) * jnp.sqrt(1 + s**2) / s
 
 
 @pytest.mark.parametrize("sampler", ["sde", "heun"])
@@ -513,6 +516,9 @@ def test_a_given_start_is_exact_in_every_sample_and_the_rest_follows_it(
     np.testing.assert_array_equal(x[:, 0, :3], start)
     if guided:
         return
+    action = np.asarray(x[..., 3:5])
+    assert action.std() == pytest.approx(1.0, abs=0.03)
+    assert np.mean(action[:, 1:] * action[:, :-1]) == pytest.approx(0.9, abs=0.05)
     obs, start = np.asarray(x[..., :3]), np.asarray(start)
     for t in (1, 3, 7):  # exactly: slope 0.9^t, variance 1 - 0.9^(2t)
         slope = np.sum(obs[:, t] * start) / np.sum(start**2)

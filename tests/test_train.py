@@ -306,9 +306,10 @@ def noise_of(monkeypatch, f, *args):
     """Call f(*args) -> the noise levels that the loss sees."""
     seen, edm_loss = [], pgd.edm_loss
 
-    def spy(denoiser, x, sigma, noise):
+    def spy(denoiser, x, sigma, noise, scale):
+        np.testing.assert_array_equal(scale, [0.25, 0.25, 0.25, 1, 1, np.inf, np.inf])
         jax.debug.callback(lambda s: seen.append(np.asarray(s)), sigma)
-        return edm_loss(lambda x, sigma: x, x, sigma, noise)
+        return edm_loss(lambda x, sigma: x, x, sigma, noise, scale)
 
     with monkeypatch.context() as m:
         m.setattr(pgd, "edm_loss", spy)
@@ -336,7 +337,7 @@ def test_validation_noise_does_not_depend_on_the_runs_settings(monkeypatch):
         sigma.append(noise_of(monkeypatch, pgd.validate_diffusion, state, dataset, config))
     np.testing.assert_array_equal(*map(np.sort, sigma))
     assert len(sigma[0]) == 1024
-    assert np.log(sigma[0]).mean() == pytest.approx(-0.8, abs=0.1)
+    assert np.log(sigma[0]).mean() == pytest.approx(0.6, abs=0.1)
     assert np.log(sigma[0]).std() == pytest.approx(1.4, abs=0.1)
 
 
@@ -382,7 +383,8 @@ def test_a_denoiser_learns_each_real_log(name):
     draw = lambda key: dataset.windows(first(key), dataset.val_starts, 128, config.horizon)
     square = np.mean([np.mean(np.asarray(draw(key)) ** 2, (0, 1)) for key in keys], axis=0)  # (D,)
     variance = np.exp(2 * (config.p_mean + config.p_std * norm.ppf((np.arange(999) + 0.5) / 999)))
-    seen = np.mean((variance[:, None] * square[:-2] + 1) / (variance[:, None] + 1), axis=0)
+    variance = variance[:, None] * np.where(np.arange(len(square) - 2) < dataset.obs_dim, 1 / 16, 1)
+    seen = np.mean((variance * square[:-2] + 1) / (variance + 1), axis=0)
     assert before == pytest.approx(np.mean([*seen, *square[-2:]]), rel=0.03)
     assert after < before - 0.1
 
@@ -416,7 +418,7 @@ SAMPLER = {
 
 @pytest.mark.parametrize("name", ["sde", "heun"])
 def test_a_sample_is_the_samplers_with_the_settings_and_the_averaged_parameters(name):
-    config = dataclasses.replace(CONFIG, sampler=name, **SAMPLER)
+    config = dataclasses.replace(CONFIG, sampler=name, obs_noise=0.4, **SAMPLER)
     dataset, key = pgd.make_dataset(toy_log(), config), jax.random.key(3)
     params, ema = (pgd.init_unet(jax.random.key(i), 7, 7, config) for i in (0, 1))
     move = lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape)
@@ -426,14 +428,17 @@ def test_a_sample_is_the_samplers_with_the_settings_and_the_averaged_parameters(
     ramp, s = np.arange(6) / 5, SAMPLER
     low, high = s["sigma_min"] ** (1 / 3), s["sigma_max"] ** (1 / 3)
     sigmas = jnp.append((high + ramp * (low - high)) ** 3, 0.0).astype(jnp.float32)
-    denoiser = pgd.precondition(lambda x, c: pgd.unet(ema, x, c, config))
-    args = denoiser, (4, 8, 7), sigmas
+    # Noise on observations is 0.4 of that on actions: what is sampled is x over its noise
+    finite = np.array([0.4, 0.4, 0.4, 1, 1, 1, 1])
+    scale = np.where(np.arange(7) < 5, finite, np.inf)
+    denoiser = pgd.precondition(lambda x, c: pgd.unet(ema, x, c, config), scale)
+    args = lambda x, sigma: denoiser(finite * x, sigma) / finite, (4, 8, 7), sigmas
     if name == "sde":
         expected = jax.jit(lambda k: pgd.sample_sde(k, *args, eta=0.6))(key)
     else:
         churn = (1.3, 0.1, 3.0, 1.2)
         expected = jax.jit(lambda k: pgd.sample_heun(k, *args, churn))(key)
-    np.testing.assert_allclose(x, expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(x, finite * expected, rtol=1e-3, atol=1e-3)
 
 
 # --- The rounds ---
