@@ -6,10 +6,12 @@
 
 5000x16 are 5,000 steps of 16 windows; 5000 alone takes the batch of the run. For each of these and
 each optimiser a denoiser is fitted from the start, since the learning rate falls to 0 over the
-steps. The table has its held-out loss, and four measures of 2,048 unguided trajectories: the
+steps. The table has its held-out loss, and five measures of 2,048 unguided trajectories: the
 dynamics error (see docs/claims.md), the distance of observations to what the simulator reads back
 in their states, in units of the log's variance, the spread, which is the standard deviation of
-observations divided by that of logged windows, and the share of trajectories that reach a terminal.
+observations divided by that of logged windows, the share of trajectories that reach a terminal, and
+the slope of actions on those of a clone of the log's policy in the same states, divided by that of
+held-out steps of the log. A slope below 1 says that actions depend too little on the states.
 It goes into results/fits/TASK.csv, or TASK-NAME.csv. Flags of pgd.py follow a --.
 """
 
@@ -20,9 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+import agents
 import pgd
 from host import cli, envs, flags
 from host.errors import UserError
@@ -63,7 +67,27 @@ def fit(session: cli.Session, config: pgd.Config, optimiser: Callable, seed: int
         pgd.make_optimiser = before
 
 
-def quality(session: cli.Session, config: pgd.Config, state, judge, seed: int) -> dict[str, float]:
+def make_clone(dataset: pgd.Dataset, num: int = 4_000) -> Callable:
+    """-> act: obs (..., O) -> action (..., A) of a clone of the policy of the training episodes."""
+    agent = agents.bc(hidden=(128, 128))
+
+    def draw(key):
+        i = jax.random.randint(key, (256,), 0, dataset.train_rows.shape[0])
+        return dataset.transitions(dataset.train_rows[i])
+
+    key, state = jax.random.key(0), agent.init(jax.random.key(1), dataset.obs_dim, dataset.act_dim)
+    state, _ = jax.jit(lambda state: pgd.update_agent(key, agent, state, draw, num))(state)
+    return lambda obs: agent.act(state, obs)
+
+
+def slope(act: Callable, obs, action) -> float:
+    """Least-squares slope of actions (..., A) on act(obs (..., O)), all entries together."""
+    clone = act(obs)
+    clone = clone - clone.reshape(-1, clone.shape[-1]).mean(0)
+    return float(jnp.sum(clone * action) / jnp.sum(clone**2))
+
+
+def quality(session: cli.Session, config: pgd.Config, state, judge, clone, seed: int) -> dict:
     """-> measures of 2,048 unguided trajectories, and of as many windows of the log."""
     dataset, keys = session.dataset, jax.random.split(jax.random.key(seed + 1), 4)
     config = dataclasses.replace(config, sample_batch=512)
@@ -79,7 +103,10 @@ def quality(session: cli.Session, config: pgd.Config, state, judge, seed: int) -
         mean, std = claims.obs_scale(dataset)
         obs = x[..., : dataset.obs_dim].reshape(-1, dataset.obs_dim) * std + mean
         found = {"obs_error": float(np.mean(((readback(obs) - obs) / std) ** 2))}
+    made, held_out = dataset.split(jnp.asarray(x)), dataset.transitions(dataset.val_rows)
+    of_log = slope(clone, held_out.obs, held_out.action)
     return found | {
+        "action_slope": slope(clone, made.obs, made.action) / of_log,
         "error_mean": error.mean(), "error_median": np.median(error),
         "spread": float(np.mean(spread(x) / spread(log))),
         "terminal": ended(x), "terminal_in_log": ended(log),
@@ -89,6 +116,7 @@ def quality(session: cli.Session, config: pgd.Config, state, judge, seed: int) -
 def compare(session: cli.Session, names: Sequence[str], lengths: Sequence[tuple], num_seeds: int):
     """-> a row per optimiser and length, (steps, batch), with means over the seeds."""
     rows, judge, dataset = [], claims.make_judge(session), session.dataset
+    clone = make_clone(dataset)
     for name in names:
         optimiser, rate = OPTIMISERS[name]
         for num, batch in lengths:
@@ -101,7 +129,7 @@ def compare(session: cli.Session, names: Sequence[str], lengths: Sequence[tuple]
                 state, cost = fit(session, config, optimiser, seed)
                 loss = float(validate(state)["validation_loss"])
                 kept = {"ms_per_step": cost, "seconds": cost * num / 1e3, "held_out_loss": loss}
-                found.append(kept | quality(session, config, state, judge, seed))
+                found.append(kept | quality(session, config, state, judge, clone, seed))
             about = {"optimiser": name, "steps": num, "batch": batch, "seeds": num_seeds}
             means = {key: float(np.mean([x[key] for x in found])) for key in found[0]}
             rows.append(about | means)

@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+from conftest import toy_log
 
 import pgd
 from studies import fits
@@ -27,7 +28,24 @@ def test_a_miniature_has_a_row_per_optimiser_and_number_of_steps(tmp_path, capsy
     assert all(np.isfinite(float(r["error_mean"])) for r in rows)
     assert all(0.0 < float(r["obs_error"]) < 1.0 for r in rows)
     assert all(0.2 < float(r["spread"]) < 2.0 for r in rows)
+    slopes = {r["action_slope"] for r in rows}
+    assert len(slopes) == 6 and all(np.isfinite(float(x)) for x in slopes)
     assert "| muon | 60 | 8 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_clone_and_the_slope_say_how_much_actions_depend_on_states():
+    """A policy 0.5 s with noise: its clone has a slope of 1, actions half as steep one of 0.5, and
+    actions of other states one of 0."""
+    log, rng = toy_log(episodes=200), np.random.default_rng(0)
+    noise = 0.2 * rng.normal(size=log["actions"].shape)
+    log["actions"] = 0.5 * np.tanh(log["observations"][:, :2]) + noise
+    dataset = pgd.make_dataset(log, pgd.Config(horizon=4))
+    t = dataset.transitions(dataset.val_rows)
+    act = fits.make_clone(dataset, 1_000)
+    assert fits.slope(act, t.obs, t.action) == pytest.approx(1.0, abs=0.1)
+    assert fits.slope(act, t.obs, 3.0 + act(t.obs) / 2) == pytest.approx(0.5, abs=1e-3)
+    assert fits.slope(act, t.obs, rng.permutation(t.action)) == pytest.approx(0.0, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,9 @@ def test_a_quadratic_score_of_ones_own_is_met_and_a_straight_one_is_followed():
     # and little weight moves by weight v g
     small, *_ = moved_by([(1e-4, mine)], sigma=1.0)
     np.testing.assert_allclose(small[..., 2], 1e-4 / 17, rtol=1e-2)
-    np.testing.assert_allclose(small[:, 0, 0], -4e-4 / 17 * (x[:, 0, 0] - 1.0), rtol=1e-2, atol=1e-8)
+    np.testing.assert_allclose(
+        small[:, 0, 0], -4e-4 / 17 * (x[:, 0, 0] - 1.0), rtol=1e-2, atol=1e-8
+    )
 
 
 def test_a_label_follows_from_the_states_and_actions_and_is_not_moved():
