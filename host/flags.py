@@ -462,7 +462,11 @@ def rules(j: Job, c: Config) -> Iterator[tuple[str, bool]]:
     yield "--sigma-max must be at most 1,000,000", c.sigma_max <= 1e6
     yield "--rho must lie between 0.1 and 100", 0.1 <= c.rho <= 100
     yield "--p-std must lie between 0 and 10", 0 < c.p_std <= 10
-    yield "--obs-noise must lie between 0.01 and 100", 0.01 <= c.obs_noise <= 100
+    yield "--obs-noise must lie above 0 and be at most 100", 0 < c.obs_noise <= 100
+    yield (
+        "--sigma-max times --obs-noise must be at least 2, or sampling does not begin in noise",
+        c.sigma_max * c.obs_noise >= 2,
+    )
     yield "--fit-lr must be above 0", c.fit_lr > 0
     yield "--ema must be at least 0 and below 1", 0 <= c.ema < 1
     yield "--s-churn and --eta must be at least 0", min(c.s_churn, c.eta) >= 0

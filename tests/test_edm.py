@@ -329,10 +329,11 @@ def test_training_approaches_the_exact_denoiser_of_a_gaussian_process(levels):
 
     cov = rho ** np.abs(np.arange(horizon)[:, None] - np.arange(horizon))
     x0 = dataset.windows(jax.random.key(5), dataset.val_starts, 256, horizon)
-    for sigma in (0.2, 1.0):
-        noise = sigma * jnp.array([config.obs_noise, 1.0, 0.0, 0.0])
+    for obs_sigma in (0.2, 1.0):
+        sigma = obs_sigma / config.obs_noise
+        noise = jnp.array([obs_sigma, sigma, 0.0, 0.0])
         noisy = x0 + noise * jax.random.normal(jax.random.key(6), x0.shape)
-        exact = noisy[..., 0] @ (cov @ np.linalg.inv(cov + sigma**2 * np.eye(horizon))).T
+        exact = noisy[..., 0] @ (cov @ np.linalg.inv(cov + obs_sigma**2 * np.eye(horizon))).T
         error = []
         for params in (state.params, trained.ema):
             denoiser = pgd.make_denoiser(params, dataset, config)

@@ -130,10 +130,10 @@ SETTINGS = [
 
 
 @functools.cache
-def gaussian_task(sampler, levels, eta):
+def gaussian_task(sampler, levels, eta, obs_noise=CONFIG.obs_noise):
     """White noise with actions so small that tanh is straight -> sample(lambda, w), of a policy
     N(obs @ w + (0.5, -0.3), 1), all standardised -> observations (S, 3), actions (S, 2)."""
-    config = dataclasses.replace(CONFIG, sample_steps=levels, eta=eta)
+    config = dataclasses.replace(CONFIG, sample_steps=levels, eta=eta, obs_noise=obs_noise)
     dataset = pgd.make_dataset(small_action_log(), config)
     mean, std = (x[3:5] for x in (dataset.mean, dataset.std))
 
@@ -155,21 +155,25 @@ def test_a_gaussian_log_and_policy_give_the_product_density(sampler, levels, eta
     unguided sample's, whatever the sampler and the number of levels."""
     sample, still = gaussian_task(sampler, levels, eta), jnp.zeros((3, 2))
     error = 0.12 if levels > 8 else 0.25
-    unguided = np.asarray(sample(0.0, still)[1]).std(0)
+    before, unguided = (np.asarray(x).std(0) for x in sample(0.0, still))
     for weight in LAMBDAS:
         obs, action = map(np.asarray, sample(weight, still))
         gain = weight / (1 + weight)
         np.testing.assert_allclose(action.mean(0), gain * np.array([0.5, -0.3]), atol=0.03)
         np.testing.assert_allclose(action.std(0), np.sqrt(1 - gain) * unguided, rtol=error)
-        np.testing.assert_allclose(obs.std(0), unguided.mean(), rtol=0.05)  # they do not move
+        np.testing.assert_allclose(obs.std(0), before, rtol=1e-4)  # they do not move
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler, levels, eta", SETTINGS[1:])
-def test_a_policy_of_the_state_is_met_within_a_third(sampler, levels, eta):
-    """With the gradient by the actions alone, an action also keeps what it learnt while its state
-    was uncertain: E (a - mu)^2 is up to a third above that of p(s) p(a) pi^lambda / Z(s)."""
-    sample = gaussian_task(sampler, levels, eta)
+@pytest.mark.parametrize(
+    "sampler, levels, eta, obs_noise, low, high",
+    [(*s, 0.25, 0.88, 1.08) for s in SETTINGS[1:]] + [(pgd.sample_sde, 64, 1.0, 1.0, 1.08, 1.33)],
+)
+def test_a_policy_of_the_state_is_met(sampler, levels, eta, obs_noise, low, high):
+    """E (a - mu)^2 is that of p(s) p(a) pi^lambda / Z(s). With a gradient by the actions alone, an
+    action also keeps what it learnt while its state was uncertain: as much noise on states as on
+    actions makes it up to a third larger."""
+    sample = gaussian_task(sampler, levels, eta, obs_noise)
     distance = lambda weight: float(np.mean((lambda o, a: (a - mu(o)) ** 2)(*sample(weight, W))))
     mu = lambda obs: obs @ W + jnp.array([0.5, -0.3])
     square = float(np.sum(W**2) + 0.5**2 + 0.3**2) / 2  # E mu^2 per action
@@ -177,26 +181,18 @@ def test_a_policy_of_the_state_is_met_within_a_third(sampler, levels, eta):
     for weight in LAMBDAS:
         gain = weight / (1 + weight)
         exact = (1 - gain) + (1 - gain) ** 2 * square
-        assert 0.97 < distance(weight) / unguided / exact < 1.33
+        assert low < distance(weight) / unguided / exact < high
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "share, levels, eta, off, low, high",
-    [(0.0, 64, 8.0, 0.1, 0.73, 1.27), (0.8, 64, 8.0, 0.1, 0.73, 1.27),
-     (0.98, 64, 8.0, 0.1, 0.73, 1.27), (0.8, 64, 2.0, 0.17, 0.73, 1.27),
-     (0.999, 16, 2.0, 0.12, 1.4, 1.8)],
-)  # fmt: skip
-def test_correlated_states_and_actions_give_the_tilted_density_to_the_stated_error(
-    share, levels, eta, off, low, high
-):
-    """Observation and action follow AR(1) and share a part of it; the policy is N(0.5, 1) in
-    standardised units. Exact: precision P + lambda on the actions. v is the posterior variance of
-    a channel on its own, so that the stated error grows with the correlation. With less noise, eta
-    2, states follow the guided actions less: their mean is off by up to 0.17, a third. The last
-    case has a nearly deterministic policy in the log, and the default sampler: actions stay farther
-    from the policy than they should."""
-    config, num = dataclasses.replace(CONFIG, sample_steps=levels, horizon=4, eta=eta), 4
+@functools.cache
+def correlated_task(share, levels=16, eta=2.0, obs_noise=CONFIG.obs_noise):
+    """Observation and action follow AR(1) and share a part of it, with an exact denoiser, and the
+    policy is N(0.5, 1), all standardised -> (sample(lambda) (S, 8): 4 observations, 4 actions;
+    their covariance in the log)."""
+    num = 4
+    config = dataclasses.replace(
+        CONFIG, sample_steps=levels, horizon=num, eta=eta, obs_noise=obs_noise
+    )
     log = small_action_log()
     log["observations"], log["actions"] = log["observations"][:, :1], log["actions"][:, :1]
     dataset = pgd.make_dataset(log, config)
@@ -218,14 +214,57 @@ def test_correlated_states_and_actions_give_the_tilted_density_to_the_stated_err
         terms = [(weight, pgd.action_score(policy))]
         return both(draw(pgd.sample_sde, denoiser, terms, dataset, config, 4096))
 
+    return sample, cov
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "share, levels, eta, off, low, high",
+    [(0.0, 64, 8.0, 0.1, 0.73, 1.27), (0.8, 64, 8.0, 0.1, 0.73, 1.27),
+     (0.98, 64, 8.0, 0.1, 0.73, 1.27), (0.8, 64, 2.0, 0.17, 0.73, 1.27),
+     (0.999, 16, 2.0, 0.12, 1.4, 1.8)],
+)  # fmt: skip
+def test_as_much_noise_on_states_gives_the_tilted_density_of_both_to_the_stated_error(
+    share, levels, eta, off, low, high
+):
+    """p_off(tau) pi^lambda, which prefers states in which the log does what the policy does: of
+    precision P + lambda on the actions. v is the posterior variance of a channel on its own, so
+    that the stated error grows with the correlation. With less noise, eta 2, states follow the
+    guided actions less: their mean is off by up to 0.17, a third. The last case has a nearly
+    deterministic policy in the log, and the default sampler: actions stay farther from the policy
+    than they should."""
+    sample, cov = correlated_task(share, levels, eta, obs_noise=1.0)
     for weight in LAMBDAS:
         x = np.asarray(sample(weight))
-        pull = weight * np.diag([0.0] * num + [1.0] * num)
+        pull = weight * np.diag([0.0] * 4 + [1.0] * 4)
         exact_cov = np.linalg.inv(np.linalg.inv(cov) + pull)
         exact_mean = exact_cov @ np.diag(pull) * 0.5
         np.testing.assert_allclose(x.mean(0), exact_mean, atol=off)
-        exact = np.diag(exact_cov)[num:].mean() + ((exact_mean[num:] - 0.5) ** 2).mean()
-        assert low < ((x[:, num:] - 0.5) ** 2).mean() / exact < high
+        exact = np.diag(exact_cov)[4:].mean() + ((exact_mean[4:] - 0.5) ** 2).mean()
+        assert low < ((x[:, 4:] - 0.5) ** 2).mean() / exact < high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "share, obs_noise, off, low, high",
+    [(0.8, 0.05, 0.06, 0.9, 1.08), (0.999, 0.05, 0.06, 0.75, 1.05), (0.0, 0.25, 0.06, 0.95, 1.2),
+     (0.8, 0.25, 0.14, 0.85, 1.03), (0.98, 0.25, 0.21, 0.45, 0.9)],
+)  # fmt: skip
+def test_little_noise_on_states_tilts_the_policy_and_not_the_states(
+    share, obs_noise, off, low, high
+):
+    """p(states) prod p(a | s) pi(a | s)^lambda / Z(s): states keep the log's mean 0, and an action
+    has precision 1 / noise^2 + lambda, whatever the log's policy. At the default, 0.25, states
+    follow by up to 0.2 of the 0.5 by which the density of both would move them, and actions come
+    nearer to the policy than they should where the log's policy has little noise."""
+    sample, _ = correlated_task(share, obs_noise=obs_noise)
+    for weight in LAMBDAS:
+        x = np.asarray(sample(weight))
+        assert np.abs(x[:, :4].mean(0)).max() < off
+        of_log = 1 / (1 - share**2)  # precision of the log's policy, N(share s, 1 - share^2)
+        gain = weight / (of_log + weight)
+        exact = 1 / (of_log + weight) + (1 - gain) ** 2 * (share**2 + 0.5**2)
+        assert low < ((x[:, 4:] - 0.5) ** 2).mean() / exact < high
 
 
 @functools.cache
@@ -519,7 +558,7 @@ def test_a_given_start_is_exact_in_every_sample_and_the_rest_follows_it(
     if guided:
         return
     action = np.asarray(x[..., 3:5])
-    assert action.std() == pytest.approx(1.0, abs=0.03)
+    assert action.std() == pytest.approx(1.0, abs=0.06)
     assert np.mean(action[:, 1:] * action[:, :-1]) == pytest.approx(0.9, abs=0.05)
     obs, start = np.asarray(x[..., :3]), np.asarray(start)
     for t in (1, 3, 7):  # exactly: slope 0.9^t, variance 1 - 0.9^(2t)
