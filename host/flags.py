@@ -75,16 +75,16 @@ class Flags(NamedTuple):
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},  # for the small gymnax tasks; larger tasks get default-large instead
     "default-large": dict(
-        horizon=32, features=256, blocks=6, fit_steps=100_000, fit_batch=128, rounds=100,
-        updates=5_000, trajectories=8_192, sample_batch=1_024,
+        horizon=32, features=256, blocks=6, fit_steps=100_000, fit_batch=128, sigma_max=160.0,
+        rounds=100, updates=5_000, trajectories=8_192, sample_batch=1_024,
     ),
     "smoke": dict(
         features=16, blocks=1, fit_steps=200, fit_batch=16, sample_steps=8, rounds=2, updates=50,
         trajectories=64, sample_batch=64, model_steps=200, model_chunk=50, eval_episodes=4,
     ),
     "laptop": dict(
-        horizon=32, features=128, fit_steps=5_000, fit_batch=64, rounds=8, updates=5_000,
-        trajectories=1_024, sample_batch=128,
+        horizon=32, features=128, fit_steps=5_000, fit_batch=64, sigma_max=160.0, rounds=8,
+        updates=5_000, trajectories=1_024, sample_batch=128,
     ),
     "paper": dict(
         horizon=32, features=1_024, levels=3, blocks=1, fit_steps=1_000_000, fit_batch=32,

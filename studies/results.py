@@ -78,6 +78,7 @@ DEVELOPMENT = {  # settings were chosen on these logs: they have a line in the t
     "pendulum-random",  # and no part in the aggregate
     "swimmer-random",
     "reacher-random",
+    "reacher-medium-replay",
     "pendulum-medium-replay",
     "collect:hopper-medium-replay",
 }

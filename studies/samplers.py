@@ -277,9 +277,9 @@ VARIANCES = (150.0, 30.0, 3.0, 1.0, 0.1, 0.01)
 
 
 def spread_of_gaussian(config: pgd.Config, num: int = 100_000) -> np.ndarray:
-    """-> standard deviations of num samples over those of Gaussian data with VARIANCES, where the
-    denoiser is exact and all that is wrong is the sampler's."""
-    variance, key = jnp.array(VARIANCES), jax.random.key(0)
+    """-> standard deviations of num samples over those of Gaussian observations with VARIANCES,
+    where the denoiser is exact and all that is wrong is the sampler's."""
+    variance, key = jnp.array(VARIANCES) / config.obs_noise**2, jax.random.key(0)
     exact = lambda x, sigma: x * variance / (variance + sigma**2)
     args = exact, (num, 1, len(VARIANCES)), pgd.noise_levels(config)
     if config.sampler == "heun":

@@ -9,6 +9,7 @@ import pytest
 from conftest import toy_log
 
 import pgd
+from host.flags import PRESETS
 from studies import samplers
 
 MU, S = 0.7, 0.5  # a Gaussian log with mean MU and standard deviation S
@@ -212,15 +213,21 @@ def test_stochastic_exponential_integrator_has_the_moments_of_a_gaussian(eta):
 
 
 def test_the_default_sampler_keeps_the_spread_of_each_direction_of_a_gaussian(capsys):
-    """Windows of hopper's log have variances up to 179 in their principal directions, where a
-    single channel has 1. With an exact denoiser, 16 levels make none off by over a tenth."""
-    found = samplers.spread_of_gaussian(pgd.Config())
+    """Windows of 32 steps of hopper's log have variances up to 179 in their principal directions,
+    and windows of 4 steps of small tasks up to 6, where a single channel has 1. With an exact
+    denoiser, 16 levels make none off by over a tenth."""
+    found = samplers.spread_of_gaussian(pgd.Config(obs_noise=1.0))
     assert np.abs(found - 1.0).max() < 0.09, found
-    more_noise = samplers.spread_of_gaussian(pgd.Config(eta=8.0))
+    more_noise = samplers.spread_of_gaussian(pgd.Config(obs_noise=1.0, eta=8.0))
     assert np.abs(more_noise - 1.0).max() < 0.11, more_noise
-    former = pgd.Config(sigma_max=20.0, sigma_min=0.01, rho=7.0, eta=8.0)
+    former = pgd.Config(obs_noise=1.0, sigma_max=20.0, sigma_min=0.01, rho=7.0, eta=8.0)
     assert samplers.spread_of_gaussian(former).max() > 1.13
-    heun = pgd.Config(sampler="heun", sample_steps=64, s_churn=0.0)
+    small = samplers.spread_of_gaussian(pgd.Config())  # variances 150, 30, 3, ...
+    assert small[0] < 0.9 and np.abs(small[1:] - 1.0).max() < 0.09, small
+    for preset in ("laptop", "default-large"):
+        long = samplers.spread_of_gaussian(pgd.Config(sigma_max=PRESETS[preset]["sigma_max"]))
+        assert np.abs(long - 1.0).max() < 0.1, long
+    heun = pgd.Config(sampler="heun", obs_noise=1.0, sample_steps=64, s_churn=0.0)
     assert np.abs(samplers.spread_of_gaussian(heun) - 1.0).max() < 0.05
     samplers.study(["gaussian", "--", "--eta", "0"])
     assert "| 150 | 30 |" in capsys.readouterr().out
