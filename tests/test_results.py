@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -227,6 +228,7 @@ def test_pages_show_the_tables_of_the_files():
     for page in ("docs/results.md", "README.md"):
         text = (ROOT / page).read_text()
         assert results.put_tables(text, made) == text
+        assert {*re.findall("<!-- (.*) -->", text)} <= {*made, "end"}  # none is left of a lost row
 
 
 HALF, LAST = (lambda x: np.mean(x[len(x) // 2 :])), (lambda x: x[-1])  # of the evaluations
