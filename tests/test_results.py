@@ -297,6 +297,24 @@ def test_the_page_shows_the_second_half_of_the_log_alone_at_alpha_40():
     assert f"| {half} |" in (ROOT / "docs" / "ablation.md").read_text()
 
 
+def test_the_page_shows_what_less_noise_on_observations_adds():
+    """The former rows of the grid against today's, seed by seed."""
+    found = []
+    for path in (ROOT / "results/guide/obs_noise/equal.csv", ROOT / "results/study/scores.csv"):
+        found.append({})
+        for r in csv.DictReader(open(path)):
+            if r["agent"] == "td3_bc" and r["arm"] in ("unguided", "guided"):
+                of_seed = found[-1].setdefault((r["task"], r["arm"]), {})
+                of_seed[int(r["seed"])] = float(r["score"])
+    page, (old, new) = (ROOT / "docs/results.md").read_text(), found
+    both = old.keys() & new.keys()
+    assert len(both) >= 4
+    for task, arm in both:
+        x, y = old[task, arm], new[task, arm]
+        cells = results.cell(list(x.values())), results.cell(list(y.values()))
+        assert f"| {arm} | {' | '.join(cells)} | {results.difference(y, x)} |" in page
+
+
 def test_a_second_look_at_a_row_replaces_the_first(tmp_path):
     path, row = tmp_path / "rows.csv", results.Row("a", "td3_bc", "log", "")
     other = {"task": "a", "agent": "td3_bc", "row": "diffusion", "minutes": 1.0, "steps": 1000191}
