@@ -71,6 +71,7 @@ def row(tree, i):
         ("diffusion", True, "guidance 0 0.5", 1),
         ("diffusion", False, "guidance 0 0.5", 2),  # a model per seed, 1 < M < R
         ("diffusion", False, "p_mean -1.2 1.5 eta 0 4", 4),  # per seed and p_mean
+        ("diffusion", False, "obs_noise 0.3 1", 4),  # which the sampler needs as well
         ("diffusion", False, "fit_lr 0.005 0.02", 4),  # M = R
         ("world-model", False, "penalty 0 2", 2),
         ("none", True, "hyper.alpha 0.5 2.5", 1),
@@ -199,6 +200,7 @@ def test_a_grid_has_every_pair_of_values():
         ("guidance 1 1", "each once"),
         ("guidance 0 guidance 1", "named twice"),
         ("sigma-min 0.1 50", "--sigma-min must lie between"),
+        ("obs-noise 0.01 1", "--sigma-max times --obs-noise must be at least 2"),
         ("fit-lr 0.1 -1", "--fit-lr must be above 0"),
         ("s-churn 0 80", "does nothing here"),  # that is Heun's
         ("guidance 0 inf", "must be finite"),
@@ -223,7 +225,7 @@ def test_settings_given_at_run_time_do_not_change_the_program():
     texts = {
         text(),
         text(guidance=2.0, eta=1.0, seed=7),
-        text(fit_lr=1e-3, p_mean=-1.0, ema=0.9),
+        text(fit_lr=1e-3, p_mean=-1.0, ema=0.9, obs_noise=0.5),
     }
     assert len(texts) == 1
     assert len(text(guidance=0.0)) < 0.98 * len(texts.pop())  # what is switched off is left out
