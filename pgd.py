@@ -59,14 +59,14 @@ class Config:
     fit_batch: int = 256  # trajectories in each gradient step of the denoiser
     fit_lr: float = 5e-3  # peak learning rate: linear warm-up over a tenth, then a cosine to 0
     ema: float = 0.995  # decay per step of the averaged parameters, which the sampler uses
-    p_mean: float = 0.6  # mean of ln sigma in training (EDM Table 1)
+    p_mean: float = 0.6  # mean of ln sigma in training (EDM Table 1); sigma is the noise on actions
     p_std: float = 1.4  # standard deviation of ln sigma in training (EDM Table 1)
     obs_noise: float = 0.25  # noise on observations, as a fraction of that on actions
     # --- Sampler ---
     sampler: Literal["sde", "heun"] = "sde"  # sde: one call per level; heun: EDM Algorithm 2
     sample_steps: int = 16  # number of noise levels (N)
-    sigma_min: float = 0.02  # lowest noise level before 0
-    sigma_max: float = 40.0  # highest noise level
+    sigma_min: float = 0.02  # lowest noise level before 0, of actions
+    sigma_max: float = 40.0  # highest noise level, of actions
     rho: float = 15.0  # curvature of the noise schedule (EDM equation 5)
     eta: float = 2.0  # sde: noise re-injected per step; 1 is the reverse SDE, 0 the ODE
     s_churn: float = 80.0  # heun: noise added over all steps; 0 is the deterministic sampler
@@ -577,7 +577,7 @@ def generate(key, state, policy, weight, dataset, config, terms=(), rule=make_gu
 
 
 def validate_diffusion(state: DenoiserState, dataset: Dataset, config: Config) -> dict:
-    """Loss on 1,024 held-out windows, the same windows and noise whatever the run."""
+    """Loss on 1,024 held-out windows, the same windows and sigmas whatever the run."""
     config = dataclasses.replace(config, p_mean=Config.p_mean, p_std=Config.p_std)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 2**31 - 1), 8)
     loss = lambda key: denoising_loss(state.ema, key, dataset, dataset.val_starts, 128, config)

@@ -465,7 +465,7 @@ def rules(j: Job, c: Config) -> Iterator[tuple[str, bool]]:
     yield "--obs-noise must lie above 0 and be at most 100", 0 < c.obs_noise <= 100
     yield (
         "--sigma-max times --obs-noise must be at least 2, or sampling does not begin in noise",
-        c.sigma_max * c.obs_noise >= 2,
+        c.sigma_max * min(c.obs_noise, 1.0) >= 2,
     )
     yield "--fit-lr must be above 0", c.fit_lr > 0
     yield "--ema must be at least 0 and below 1", 0 <= c.ema < 1

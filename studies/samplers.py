@@ -9,7 +9,7 @@ weights. The target policy is TD3+BC, trained on the log. The program measures t
 as studies.claims does; the moments of the steps; the log-likelihood of held-out pairs of steps
 under a Gaussian with the sample's mean and covariance; and the log-likelihood of the actions under
 the target. It saves samplers.csv and samplers.png. For `gaussian` it prints the samples' standard
-deviations over those of Gaussian data, by the variance of the data.
+deviations over those of Gaussian observations, by their variance.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from studies.figures import ORDER, new_figure, save_figure
 HEUN = {"sampler": "heun", "sigma_max": 80.0, "sigma_min": 0.002, "rho": 7.0}
 SDE = {"sampler": "sde", "sigma_max": 20.0, "sigma_min": 0.01, "rho": 7.0}
 WIDE = SDE | {"sigma_max": 80.0}
-FIELDS = "sampler", "sigma_max", "sigma_min", "rho", "eta"
+FIELDS = "sampler", "sigma_min", "rho", "eta"  # and the highest level of the run
 DEFAULT = {name: getattr(pgd.Config, name) for name in FIELDS}
 
 

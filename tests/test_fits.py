@@ -29,6 +29,7 @@ def test_a_miniature_has_a_row_per_optimiser_and_number_of_steps(tmp_path, capsy
     assert all(0.0 < float(r["obs_error"]) < 1.0 for r in rows)
     assert all(0.2 < float(r["spread"]) < 2.0 for r in rows)
     slopes = {r["action_slope"] for r in rows}
+    assert all(-2.0 < float(x) < 2.0 for x in slopes)
     assert len(slopes) == 6 and all(np.isfinite(float(x)) for x in slopes)
     assert "| muon | 60 | 8 |" in capsys.readouterr().out
 

@@ -248,19 +248,22 @@ def test_as_much_noise_on_states_gives_the_tilted_density_of_both_to_the_stated_
 @pytest.mark.parametrize(
     "share, obs_noise, off, low, high",
     [(0.8, 0.05, 0.06, 0.9, 1.08), (0.999, 0.05, 0.06, 0.75, 1.05), (0.0, 0.25, 0.06, 0.95, 1.2),
-     (0.8, 0.25, 0.14, 0.85, 1.03), (0.98, 0.25, 0.21, 0.45, 0.9)],
+     (0.8, 0.25, 0.14, 0.85, 1.03), (0.98, 0.25, 0.21, 0.45, 0.9), (0.999, 0.25, 0.26, 0.33, 0.9)],
 )  # fmt: skip
 def test_little_noise_on_states_tilts_the_policy_and_not_the_states(
     share, obs_noise, off, low, high
 ):
-    """p(states) prod p(a | s) pi(a | s)^lambda / Z(s): states keep the log's mean 0, and an action
-    has precision 1 / noise^2 + lambda, whatever the log's policy. At the default, 0.25, states
-    follow by up to 0.2 of the 0.5 by which the density of both would move them, and actions come
-    nearer to the policy than they should where the log's policy has little noise."""
+    """p(states) prod p(a | s) pi(a | s)^lambda / Z(s): states keep the log's mean 0 and spread, and
+    an action has precision 1 / noise^2 + lambda, whatever the log's policy. At the default, 0.25,
+    states follow by up to half of the 0.5 by which the density of both would move them, and lose up
+    to 0.4 of their spread, where the log's policy has little noise."""
     sample, _ = correlated_task(share, obs_noise=obs_noise)
+    before = np.asarray(sample(0.0))[:, :4].std(0)
+    kept = {0.0: 0.97, 0.8: 0.83, 0.98: 0.67, 0.999: 0.58}[share] if obs_noise == 0.25 else 0.95
     for weight in LAMBDAS:
         x = np.asarray(sample(weight))
         assert np.abs(x[:, :4].mean(0)).max() < off
+        assert np.all(x[:, :4].std(0) > kept * before) and np.all(x[:, :4].std(0) < 1.03 * before)
         of_log = 1 / (1 - share**2)  # precision of the log's policy, N(share s, 1 - share^2)
         gain = weight / (of_log + weight)
         exact = 1 / (of_log + weight) + (1 - gain) ** 2 * (share**2 + 0.5**2)

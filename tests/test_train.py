@@ -303,12 +303,15 @@ def test_samples_have_the_spread_of_the_log():
 
 
 def noise_of(monkeypatch, f, *args):
-    """Call f(*args) -> the noise levels that the loss sees."""
-    seen, edm_loss = [], pgd.edm_loss
+    """Call f(*args, config) -> the noise levels that the loss sees, which are those of actions."""
+    seen, edm_loss, obs = [], pgd.edm_loss, args[-1].obs_noise
+
+    def check(sigma, scale):
+        np.testing.assert_array_equal(scale, [obs, obs, obs, 1, 1, np.inf, np.inf])
+        seen.append(np.asarray(sigma))
 
     def spy(denoiser, x, sigma, noise, scale):
-        np.testing.assert_array_equal(scale, [0.25, 0.25, 0.25, 1, 1, np.inf, np.inf])
-        jax.debug.callback(lambda s: seen.append(np.asarray(s)), sigma)
+        jax.debug.callback(check, sigma, scale)
         return edm_loss(lambda x, sigma: x, x, sigma, noise, scale)
 
     with monkeypatch.context() as m:
@@ -328,9 +331,9 @@ def test_noise_levels_in_training_are_log_normal_with_the_settings_moments(monke
 
 
 def test_validation_noise_does_not_depend_on_the_runs_settings(monkeypatch):
-    """So that runs of a sweep can be compared: the default's noise, the same for all."""
+    """So that runs of a sweep can be compared: the default's noise on actions, the same for all."""
     sigma = []
-    for settings in ({}, {"p_mean": 0.7, "p_std": 0.4, "ema": 0.9}):
+    for settings in ({}, {"p_mean": 0.7, "p_std": 0.4, "ema": 0.9, "obs_noise": 0.5}):
         config = dataclasses.replace(CONFIG, **settings)
         dataset = pgd.make_dataset(toy_log(), config)
         state = pgd.DenoiserState({}, {}, (), jnp.zeros(()))
