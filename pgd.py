@@ -59,7 +59,7 @@ class Config:
     fit_batch: int = 256  # trajectories in each gradient step of the denoiser
     fit_lr: float = 5e-3  # peak learning rate: linear warm-up over a tenth, then a cosine to 0
     ema: float = 0.995  # decay per step of the averaged parameters, which the sampler uses
-    p_mean: float = 0.6  # mean of ln sigma in training (EDM Table 1); sigma is the noise on actions
+    p_mean: float = 0.6  # mean of ln sigma, the noise on actions, in training (EDM Table 1)
     p_std: float = 1.4  # standard deviation of ln sigma in training (EDM Table 1)
     obs_noise: float = 0.25  # noise on observations, as a fraction of that on actions
     # --- Sampler ---
