@@ -409,7 +409,7 @@ def sample_sde(key, denoiser: Callable, shape, sigmas, eta=1.0):
     return denoiser(x, sigmas[num - 1])  # the step to sigma = 0
 
 
-# --- Guidance (PGD section 4): a denoiser of p_off(tau) prod_i exp(weight_i score_i(tau)) ---
+# --- Guidance (PGD section 4): toward p_off(tau) prod_i exp(weight_i score_i(tau)) ---
 
 
 def action_score(f: Callable) -> Callable:

@@ -201,6 +201,7 @@ def test_a_grid_has_every_pair_of_values():
         ("guidance 0 guidance 1", "named twice"),
         ("sigma-min 0.1 50", "--sigma-min must lie between"),
         ("obs-noise 0.01 1", "--sigma-max times --obs-noise must be at least 2"),
+        ("sigma-max 0.1 40 obs-noise 50 100", "--sigma-max times --obs-noise must be at least 2"),
         ("fit-lr 0.1 -1", "--fit-lr must be above 0"),
         ("s-churn 0 80", "does nothing here"),  # that is Heun's
         ("guidance 0 inf", "must be finite"),
