@@ -464,8 +464,8 @@ def rules(j: Job, c: Config) -> Iterator[tuple[str, bool]]:
     yield "--p-std must lie between 0 and 10", 0 < c.p_std <= 10
     yield "--obs-noise must lie above 0 and be at most 100", 0 < c.obs_noise <= 100
     yield (
-        "--sigma-max times --obs-noise must be at least 2, and --sigma-max itself, or sampling does "
-        "not begin in noise",
+        "--sigma-max times --obs-noise must be at least 2, and --sigma-max itself, or sampling "
+        "does not begin in noise",
         c.sigma_max * min(c.obs_noise, 1.0) >= 2,
     )
     yield "--fit-lr must be above 0", c.fit_lr > 0
