@@ -10,7 +10,8 @@ seed axis. Observations are standardised and actions scaled to [-1, 1].
 A batch is a pytree, such as a NamedTuple, with these fields:
 
     obs (B, O), action (B, A), reward (B,), next_obs (B, O)
-    done (B,)            1 at a true terminal, 0 elsewhere and at a time-out
+    done (B,)            1 at a true terminal, 0 elsewhere and at a time-out; in batches of n steps
+                         1 - gamma^(n - 1), so that gamma (1 - done) discounts the next value
     next_action (B, A)   read by rebrac only: NaN if unknown; meaningless if done
 """
 
@@ -41,6 +42,7 @@ class Agent(NamedTuple):
     q_value: Callable | None = None  # (state, obs, action) -> (...); None without a critic
     sample: Callable | None = None  # (key, state, obs) -> action; None if deterministic
     batches_per_update: int = 1  # n: update takes n batches concatenated, B = n * batch_size
+    gamma: Any = 0.99  # discount factor of update, with which a batch of n steps is made
 
 
 # --- Build networks ---
@@ -160,8 +162,8 @@ def actor_sample(key, actor: dict, obs: chex.Array) -> chex.Array:
     return jnp.clip(mean + noise, -1.0, 1.0)
 
 
-def gaussian_agent(init: Callable, update: Callable, q_value: Callable | None = None) -> Agent:
-    """init, update, q_value -> an Agent whose policy is the Gaussian actor in state.actor."""
+def gaussian_agent(init: Callable, update: Callable, gamma: Any = 0.99, q_value=None) -> Agent:
+    """init, update, ... -> an Agent whose policy is the Gaussian actor in state.actor."""
     return Agent(
         init,
         update,
@@ -169,6 +171,7 @@ def gaussian_agent(init: Callable, update: Callable, q_value: Callable | None = 
         log_prob=lambda state, obs, action: actor_log_prob(state.actor, obs, action),
         q_value=q_value,
         sample=lambda key, state, obs: actor_sample(key, state.actor, obs),
+        gamma=gamma,
     )
 
 
@@ -320,6 +323,7 @@ def td3(
         log_prob=log_prob,
         q_value=lambda state, obs, action: min_q(state.critic, obs, action, layer_norm),
         batches_per_update=critic_updates,
+        gamma=gamma,
     )
 
 
@@ -459,7 +463,7 @@ def iql(
         state = IQLState(actor, actor_opt, value, value_opt, critic, critic_target, critic_opt)
         return state, m_value | m_critic | m_actor
 
-    return gaussian_agent(init, update, lambda state, *args: min_q(state.critic, *args))
+    return gaussian_agent(init, update, gamma, lambda state, *args: min_q(state.critic, *args))
 
 
 # --- AWAC ---
@@ -512,7 +516,7 @@ def awac(
         critic_target = polyak(critic, state.critic_target, tau)
         return AWACState(actor, actor_opt, critic, critic_target, critic_opt), m_critic | m_actor
 
-    return gaussian_agent(init, update, lambda state, *args: min_q(state.critic, *args))
+    return gaussian_agent(init, update, gamma, lambda state, *args: min_q(state.critic, *args))
 
 
 # --- SAC ---
@@ -603,6 +607,7 @@ def sac(
         log_prob=log_prob,
         q_value=lambda state, obs, action: min_q(state.critic, obs, action),
         sample=lambda key, state, obs: tanh_sample(key, state.actor, obs)[0],
+        gamma=gamma,
     )
 
 

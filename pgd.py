@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import importlib.util
 import signal
-import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -86,6 +85,7 @@ class Config:
     trajectories: int = 2_048  # synthetic trajectories per round
     sample_batch: int = 512  # trajectories per sampler call
     buffer_rounds: int = 2  # rounds of synthetic data that are kept
+    n_step: int = 1  # steps of reward in the critic's targets, of logged and synthetic data
 
 
 # --- Types ---
@@ -97,7 +97,7 @@ class Transition(NamedTuple):
     obs: chex.Array  # (..., O), standardised
     action: chex.Array  # (..., A), in [-1, 1]
     reward: chex.Array  # (...), as logged
-    done: chex.Array  # (...), 1 at a true terminal, else 0; has no gradient
+    done: chex.Array  # (...), 1 at a true terminal, else 0 (or n_step's); has no gradient
     next_obs: chex.Array | None = None  # (..., O)
     next_action: chex.Array | None = None  # (..., A), NaN if unknown; meaningless if done
 
@@ -133,9 +133,12 @@ class Dataset(NamedTuple):
         after = self.split(self.steps[self.successors[rows]])
         return step._replace(next_obs=after.obs, next_action=after.action)
 
-    def sample(self, key, num: int) -> Transition:
-        """-> Transition (num, ...) of the log, drawn with replacement."""
-        return self.transitions(jax.random.randint(key, (num,), 0, self.usable.shape[0]))
+    def sample(self, key, num: int, n: int = 1, gamma=1.0) -> Transition:
+        """-> Transition (num, ...) of n steps of the log, drawn with replacement."""
+        first = jax.random.randint(key, (num,), 0, self.usable.shape[0])
+        rows = jnp.minimum(first + jnp.arange(n + 1)[:, None], self.usable.shape[0] - 1)
+        follows = self.successors[rows[:-1]] == self.usable[rows[1:]]
+        return jax.tree.map(lambda x: x[0], n_step(self.transitions(rows[:-1]), follows, gamma, n))
 
     def windows(self, key, starts: chex.Array, num: int, horizon: int) -> chex.Array:
         """-> (num, horizon, D): windows that begin at random `starts`. A terminal is repeated."""
@@ -220,6 +223,19 @@ def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
     t = t._replace(next_obs=t.obs[after], next_action=t.action[after])
     spare = jnp.argsort(~kept, stable=True)[(jnp.cumsum(~kept) - 1) % jnp.sum(kept)]
     return jax.tree.map(lambda x: x[jnp.where(kept, jnp.arange(kept.size), spare)], t)
+
+
+def n_step(t: Transition, follows: chex.Array, gamma, n: int) -> Transition:
+    """Transition (S, ...) of one step -> of n, or fewer up to one that the next does not follow
+    (S, ...): with reward + gamma (1 - done) V(next_obs) as the n-step target."""
+    goes_on, out = follows & (t.done == 0), t
+    choose = lambda x, y: jnp.where(goes_on[..., None] if x.ndim > goes_on.ndim else goes_on, x, y)
+    for _ in range(n - 1):
+        rest = jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), out)
+        reward, done = t.reward + gamma * rest.reward, 1.0 - gamma * (1.0 - rest.done)
+        longer = rest._replace(obs=t.obs, action=t.action, reward=reward, done=done)
+        out = jax.tree.map(choose, longer, t)
+    return out
 
 
 # --- Denoiser network: a residual temporal U-Net over x (..., T, C) ---
@@ -375,12 +391,10 @@ def sample_heun(key, denoiser: Callable, shape, sigmas, churn=(0, 0, 0, 1)):
 
     def step(x, i):
         x_hat, sigma_hat = add_noise(x, i)
-        # Euler step from sigma_hat to sigma_next
-        d_cur = (x_hat - denoiser(x_hat, sigma_hat)) / sigma_hat
+        d_cur = (x_hat - denoiser(x_hat, sigma_hat)) / sigma_hat  # Euler step
         dt = sigmas[i + 1] - sigma_hat
         x_next = x_hat + dt * d_cur
-        # Second-order correction
-        d_next = (x_next - denoiser(x_next, sigmas[i + 1])) / sigmas[i + 1]
+        d_next = (x_next - denoiser(x_next, sigmas[i + 1])) / sigmas[i + 1]  # second-order
         return x_hat + dt * 0.5 * (d_cur + d_next), None
 
     x = sigmas[0] * jax.random.normal(jax.random.fold_in(key, 0), shape)
@@ -472,14 +486,11 @@ class Generator(NamedTuple):
 def target_policy(agent, state) -> types.SimpleNamespace:
     """An agent in one of its states -> what a Generator may ask: log_prob(obs, action), act(obs),
     sample(key, obs) -> action, and q_value(obs, action) of the critic, or None."""
-    sample = getattr(agent, "sample", None) or (lambda key, state, obs: agent.act(state, obs))
-    q_value = getattr(agent, "q_value", None)
-    return types.SimpleNamespace(
-        log_prob=functools.partial(agent.log_prob, state),
-        act=functools.partial(agent.act, state),
-        sample=lambda key, obs: sample(key, state, obs),
-        q_value=q_value and functools.partial(q_value, state),
-    )
+    bind = lambda f: f and functools.partial(f, state)
+    log_prob, act, q_value = map(bind, (agent.log_prob, agent.act, getattr(agent, "q_value", None)))
+    noisy = getattr(agent, "sample", None) or (lambda key, state, obs: agent.act(state, obs))
+    sample = lambda key, obs: noisy(key, state, obs)
+    return types.SimpleNamespace(log_prob=log_prob, act=act, sample=sample, q_value=q_value)
 
 
 class DenoiserState(NamedTuple):
@@ -683,23 +694,23 @@ def make_program(config: Config, agent, make_generator=make_diffusion, evaluate=
 
     def run_round(run, state, dataset):
         c, agent, _ = parts(run)
+        gamma = getattr(agent, "gamma", 0.99)
         *_, key_update, key_evaluate, key_probe = run_keys(run, state.round)
-        # Generate
-        synthetic = generate(run, state, dataset)
+        synthetic = generate(run, state, dataset)  # Generate
+        follows = jnp.all(synthetic.next_obs == jnp.roll(synthetic.obs, -1, axis=0), axis=-1)
         write = lambda b, x: b.at[state.round % c.buffer_rounds].set(x)
-        buffer = jax.tree.map(write, state.buffer, synthetic)
+        buffer = jax.tree.map(write, state.buffer, n_step(synthetic, follows, gamma, c.n_step))
         flat = jax.tree.map(lambda b: b.reshape(-1, *b.shape[2:]), buffer)
         size = jnp.minimum(state.round + 1, c.buffer_rounds) * synthetic.reward.shape[0]
 
         def draw(key):  # Update, on batches that mix synthetic and real transitions
             key_fake, key_real = jax.random.split(key)
             i = jax.random.randint(key_fake, (c.batch_size - c.real_batch,), 0, size)
-            real = dataset.sample(key_real, c.real_batch)
+            real = dataset.sample(key_real, c.real_batch, c.n_step, gamma)
             return jax.tree.map(lambda b, r: jnp.concatenate([b[i], r]), flat, real)
 
         learner, metrics = update_agent(key_update, agent, state.agent, draw, c.updates)
-        # Evaluate
-        far = {}  # mean squared distance of actions to those of the policy that guided them
+        far = {}  # Evaluate: mean squared distance of actions to the policy that guided them
         for name, t in [("real", dataset.sample(key_probe, 1024)), ("synthetic", synthetic)]:
             metrics[f"log_prob_{name}"] = jnp.mean(agent.log_prob(learner, t.obs, t.action))
             far[name] = jnp.mean((t.action - agent.act(state.agent, t.obs)) ** 2) + 1e-9
@@ -744,13 +755,9 @@ def over_seeds(program: Program, config: Config) -> tuple[Program, Run]:
 
 
 def print_chunk(stage: str, done: int, total: int, state: State, metrics: dict) -> None:
-    """Show a bar with the means over seeds; at the very end, a table with a column per seed."""
-    said = ", ".join(f"{name} {np.mean(x):.3g}" for name, x in metrics.items())[:70]
-    said = f"{stage:<6} [{'#' * (30 * done // total):<30}] {done}/{total} {said:<70}"
-    print(f"\r{said}", end="" if sys.stdout.isatty() and done < total else "\n", flush=True)
-    if stage == "rounds" and done == total:
-        for name, x in metrics.items():
-            print(f"{name:<20}", *(f"{number:>10.4g}" for number in np.ravel(x)))
+    """Print the means over seeds."""
+    said = ", ".join(f"{name} {np.mean(x):.4g}" for name, x in metrics.items())
+    print(f"{stage} {done}/{total}: {said}", flush=True)
 
 
 class Hooks(NamedTuple):
@@ -778,22 +785,15 @@ def run(config: Config, dataset: Dataset, agent, hooks: Hooks = Hooks(), *args):
     return hooks.finish(program, runs, state)
 
 
-def load_policy(folder: str, seed: int = 0, **point: float) -> Callable:
-    """A run's folder -> act: obs (..., O) -> action (..., A); point: of a sweep, as guidance=1."""
-    return importlib.import_module("host.run_folder").load_policy(folder, seed, **point)
-
-
 def main() -> None:
     """The command line of host/cli.py; without host/, a plain run on an npz file."""
     if importlib.util.find_spec("host"):
         return importlib.import_module("host.cli").main()
     import tyro
 
-    import agents
-
     config = tyro.cli(Config)
     dataset = make_dataset(dict(np.load(config.dataset_path, allow_pickle=False)), config)
-    run(config, dataset, agents.make_agent(config.agent))
+    run(config, dataset, importlib.import_module("agents").make_agent(config.agent))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from host.errors import UserError
 # Settings of the sampler and of the agent loop, which may differ from those of the earlier run
 FREE = {
     "agent", "seed", "num_seeds", "sampler", "sample_steps", "rounds", "updates",
-    "batch_size", "real_batch", "trajectories", "sample_batch", "buffer_rounds", "dataset_path",
-    "rollout", "elites", *(name for names in flags.SAMPLE_FIELDS.values() for name in names),
+    "batch_size", "real_batch", "trajectories", "sample_batch", "buffer_rounds", "n_step",
+    "dataset_path", "rollout", "elites",
+    *(name for names in flags.SAMPLE_FIELDS.values() for name in names),
 }  # fmt: skip
 
 

@@ -371,7 +371,7 @@ AT_MOST = {  # integers that cost memory or time to compile: from 1 to these
     "num_seeds": 1_000_000,
     **dict.fromkeys("features groups model_hidden".split(), 65_536),
     **dict.fromkeys("kernel expansion buffer_rounds members elites".split(), 1_000),
-    **dict.fromkeys("levels blocks model_layers".split(), 100),
+    **dict.fromkeys("levels blocks model_layers n_step".split(), 100),
     **dict.fromkeys("sample_steps eval_episodes rollout".split(), 10_000),
     **dict.fromkeys("fit_batch batch_size model_batch trajectories sample_batch".split(), 10**7),
 }

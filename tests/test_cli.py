@@ -318,7 +318,7 @@ def test_a_signal_ends_a_run_within_seconds_and_saves_it(stage, number, tmp_path
         with run_folder.read_checkpoint(folder / "checkpoint" / "state.npz") as (about, _):
             last = (folder / "metrics.csv").read_text().splitlines()[-1]
             assert about["history"][-1]["round"] == int(last.split(",")[0]) > 0
-        assert pgd.load_policy(folder)(np.zeros((4, 3))).shape == (4, 2)
+        assert run_folder.load_policy(folder)(np.zeros((4, 3))).shape == (4, 2)
 
 
 # --- The process: its environment, its output, its cache ---

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-import pgd
-from host import cli
+from host import cli, run_folder
 from host.errors import UserError
 from studies import critics
 
@@ -62,7 +61,7 @@ def test_values_of_a_run_are_those_of_the_simulator_under_its_own_policy(run_dir
     batch = run.dataset.sample(jax.random.key(0), critics.STATES)
     obs = np.asarray(batch.obs) * run.dataset.std[:3] + run.dataset.mean[:3]
     for i, row in enumerate(rows):
-        act = pgd.load_policy(str(run_dir), seed=i)
+        act = run_folder.load_policy(str(run_dir), seed=i)
         truth = by_hand(np.asarray(obs), act(obs)[:, 0], act, 0.99, 20)
         assert row["true_value"] == pytest.approx(truth.mean(), rel=1e-3)
         own = run.session.agent.act(run.agent_state(i), batch.obs)

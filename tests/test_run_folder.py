@@ -87,14 +87,14 @@ def expected_action(loaded, index: int, obs: np.ndarray) -> np.ndarray:
 def test_load_policy_acts_as_the_agent_of_its_seed_in_the_environments_units(finished):
     loaded = cli.load_run(finished)
     obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    actions = [pgd.load_policy(finished, seed=seed)(obs) for seed in (0, 1)]
+    actions = [run_folder.load_policy(finished, seed=seed)(obs) for seed in (0, 1)]
     for seed in (0, 1):
         assert actions[seed].shape == (5, 1)
         expected = expected_action(loaded, seed, obs)
         np.testing.assert_allclose(actions[seed], expected, rtol=1e-5, atol=1e-6)
     assert not np.allclose(actions[0], actions[1])
-    assert pgd.load_policy(finished, seed=1)(obs[2]).shape == (1,)  # one observation
-    np.testing.assert_allclose(pgd.load_policy(finished)(obs[2]), actions[0][2], rtol=1e-5)
+    assert run_folder.load_policy(finished, seed=1)(obs[2]).shape == (1,)  # one observation
+    np.testing.assert_allclose(run_folder.load_policy(finished)(obs[2]), actions[0][2], rtol=1e-5)
     assert np.abs(actions).max() <= 2.0  # pendulum's torque
 
 
@@ -145,9 +145,9 @@ def test_an_unfinished_run_is_not_loaded_and_its_policy_only_from_a_checkpoint(
     with pytest.raises(UserError, match="is not a finished run; --resume .*copy finishes it"):
         cli.load_run(copy)
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        pgd.load_policy(copy)
+        run_folder.load_policy(copy)
     with pytest.raises(UserError, match="there is no run in"):
-        pgd.load_policy(tmp_path)
+        run_folder.load_policy(tmp_path)
     with pytest.raises(UserError, match="there is no run in"):
         cli.load_run(tmp_path)
 
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_version_is_refused_wherever_it_is_read(finished
     for old in ({"format": 1}, {}):
         text = {k: v for k, v in about.items() if k != "format"} | old
         np.savez(path, **arrays | {"about": np.frombuffer(json.dumps(text).encode(), np.uint8)})
-        for read in (pgd.load_policy, cli.load_run):
+        for read in (run_folder.load_policy, cli.load_run):
             with pytest.raises(UserError, match="state.npz is of another version of this program"):
                 read(copy)
         assert "is of another version of this program" in mistake(capsys, "--resume", copy)
