@@ -44,9 +44,10 @@ EPISODES = 50  # of the final scores, per seed
 # --- The grid: tasks x agents x arms x seeds, in the order in which it is run ---
 
 SMALL = "--num-seeds 8 --sample-steps 16 --hyper.hidden 128 128 --model-steps 5000"
-BODY = (  # half of each batch is real, as chosen on hopper-medium-replay
+BODY = (  # half of each batch is real, and returns have 3 steps, as chosen on hopper-medium-replay
     "--num-seeds 4 --sample-steps 16 --preset laptop --features 64 --hyper.hidden 128 128 "
-    "--updates 2500 --trajectories 1024 --buffer-rounds 4 --real-batch 128 --model-steps 10000"
+    "--updates 2500 --trajectories 1024 --buffer-rounds 4 --real-batch 128 --model-steps 10000 "
+    "--n-step 3"
 )
 GYMNAX = {  # name, or name@N for the first N steps of its log -> flags
     "pendulum-random": SMALL,

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
-METHOD = "test_edm.py test_guidance.py test_train.py test_dataset.py"
+METHOD = "test_edm.py test_guidance.py test_train.py test_dataset.py test_returns.py"
 TESTS = {  # file -> tests that should notice
     "pgd.py": METHOD,
     "agents.py": "test_agents.py",
@@ -58,6 +58,13 @@ MUTANTS = [
         ("terminals[end] | (first", "(first"),
         ("max(1, horizon // 2), 1)", "1, 1)"),
         ("mean[-1] = std[-1] = 0.5", "pass"),
+        # returns of n steps
+        ("goes_on, out = follows & (t.done == 0), t", "goes_on, out = follows, t"),
+        ("for _ in range(n - 1):", "for _ in range(n):"),
+        ("t.reward + gamma * rest.reward", "t.reward + rest.reward"),
+        ("1.0 - gamma * (1.0 - rest.done)", "rest.done"),
+        ("self.successors[rows[:-1]] == self.usable[rows[1:]]", "rows[1:] > 0"),
+        ("jnp.roll(synthetic.obs, -1, axis=0), axis=-1)", "synthetic.next_obs, axis=-1)"),
         ("(self.steps[index, -1] > 0)", "(self.steps[index, -1] > 9)"),
         ("np.clip(unit, -0.999, 0.999)", "np.clip(unit, -0.9, 0.9)"),
         ("np.where(terminals[usable], usable, usable + 1)", "usable + 1"),
