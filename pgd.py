@@ -226,8 +226,8 @@ def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
 
 
 def n_step(t: Transition, follows: chex.Array, gamma, n: int) -> Transition:
-    """Transition (S, ...) of one step -> of n, or fewer up to one that the next does not follow
-    (S, ...): with reward + gamma (1 - done) V(next_obs) as the n-step target."""
+    """Transitions in order (S, ...) -> of up to n steps: their n-step target is reward + gamma (1 -
+    done) V(next_obs). follows (S, ...): whether the next transition continues this one."""
     goes_on, out = follows & (t.done == 0), t
     choose = lambda x, y: jnp.where(goes_on[..., None] if x.ndim > goes_on.ndim else goes_on, x, y)
     for _ in range(n - 1):

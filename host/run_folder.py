@@ -39,7 +39,8 @@ OF_THE_MACHINE = (  # settings that may change when a run goes on
 )  # fmt: skip
 LOG_ALONE = Path(__file__).resolve().parent.parent / "results" / "log_alone"  # runs to compare with
 OF_THE_AGENT = (
-    "agent", "hyper", "rounds", "updates", "batch_size", "reward_shift", "reward_scale", "judge",
+    "agent", "hyper", "rounds", "updates", "batch_size", "n_step", "reward_shift", "reward_scale",
+    "judge",
 )  # fmt: skip
 OWN = ("config.json", "metrics.csv", "final.json", "curve.png", "sweep.png", STATE)
 
