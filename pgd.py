@@ -85,7 +85,7 @@ class Config:
     trajectories: int = 2_048  # synthetic trajectories per round
     sample_batch: int = 512  # trajectories per sampler call
     buffer_rounds: int = 2  # rounds of synthetic data that are kept
-    n_step: int = 1  # steps of reward in the critic's targets, of logged and synthetic data
+    n_step: int = 1  # rewards in a critic's target, logged or synthetic; fewer at an end
 
 
 # --- Types ---
@@ -755,9 +755,9 @@ def over_seeds(program: Program, config: Config) -> tuple[Program, Run]:
 
 
 def print_chunk(stage: str, done: int, total: int, state: State, metrics: dict) -> None:
-    """Print the means over seeds."""
-    said = ", ".join(f"{name} {np.mean(x):.4g}" for name, x in metrics.items())
-    print(f"{stage} {done}/{total}: {said}", flush=True)
+    """Print the metrics, with a number for each seed."""
+    said = [f"{name} {np.ravel(x)}" for name, x in metrics.items()]
+    print(f"{stage} {done}/{total}:", *said, flush=True)
 
 
 class Hooks(NamedTuple):
