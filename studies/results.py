@@ -80,6 +80,8 @@ DEVELOPMENT = {  # settings were chosen on these logs: they have a line in the t
     "swimmer-random",
     "reacher-random",
     "reacher-medium-replay",
+    "reacher-medium-replay@1000",
+    "reacher-medium-replay@10000",
     "pendulum-medium-replay",
     "collect:hopper-medium-replay",
 }

@@ -65,6 +65,8 @@ MUTANTS = [
         ("1.0 - gamma * (1.0 - rest.done)", "rest.done"),
         ("self.successors[rows[:-1]] == self.usable[rows[1:]]", "rows[1:] > 0"),
         ("jnp.roll(synthetic.obs, -1, axis=0), axis=-1)", "synthetic.next_obs, axis=-1)"),
+        ('gamma = getattr(agent, "gamma", 0.99)', "gamma = 0.99"),
+        ("c.real_batch, c.n_step, gamma)", "c.real_batch)"),
         ("(self.steps[index, -1] > 0)", "(self.steps[index, -1] > 9)"),
         ("np.clip(unit, -0.999, 0.999)", "np.clip(unit, -0.9, 0.9)"),
         ("np.where(terminals[usable], usable, usable + 1)", "usable + 1"),

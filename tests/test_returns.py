@@ -1,6 +1,7 @@
 """Returns of n steps: --n-step, of logged and of synthetic transitions."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from conftest import toy_log
 
 import agents
 import pgd
+from baselines.log_alone import make_log_alone
 from baselines.world_model import make_world_model
 from host import flags
 from host.errors import UserError
@@ -152,6 +154,49 @@ def test_the_buffer_holds_returns_that_stay_within_their_trajectory(maker):
         np.testing.assert_allclose(kept.next_obs[i], made.next_obs[last], rtol=1e-3, atol=1e-3)
         steps.add(last - i + 1)
     assert steps == {1, 2, 3}
+
+
+def test_the_logged_part_of_a_batch_has_returns_of_several_steps():
+    config = dataclasses.replace(CONFIG, n_step=3, real_batch=16)
+    dataset = pgd.make_dataset(toy_log(), config)
+    empty = jax.tree.map(jnp.zeros_like, dataset.sample(jax.random.key(0), 16))
+    agent = types.SimpleNamespace(  # its state is the last batch
+        init=lambda *_: empty, update=lambda key, state, batch: (batch, {}), gamma=GAMMA,
+        act=lambda state, obs: jnp.zeros((*obs.shape[:-1], 2)),
+        log_prob=lambda state, obs, action: jnp.zeros(obs.shape[:-1]),
+    )  # fmt: skip
+    program = pgd.make_program(config, agent, make_log_alone)
+    run = pgd.Run(jax.random.key(0))
+    batch = jax.jit(program.round)(run, program.init(run, dataset), dataset)[0].agent
+    usable, successor = np.asarray(dataset.usable), np.asarray(dataset.successors)
+    t = jax.tree.map(np.asarray, dataset.transitions(jnp.arange(len(usable))))
+    continues = np.append(successor[:-1] == usable[1:], False)
+    for i in range(16):
+        (row,) = np.flatnonzero((t.obs == np.asarray(batch.obs[i])).all(axis=1))
+        after = lambda row: row + 1 if continues[row] else None
+        assert_is(batch, i, t, row, one_by_one(t, row, 3, after))
+    assert np.isclose(batch.done, 1.0 - GAMMA**2).sum() > 8
+
+
+def test_in_a_sweep_of_gamma_every_run_has_its_own_returns():
+    config = dataclasses.replace(CONFIG, n_step=3)
+    dataset = pgd.make_dataset(toy_log(), config)
+    agent = lambda gamma: agents.td3_bc(gamma=gamma, hidden=(8,))
+    program = pgd.make_program(config, agent, make_world_model)
+
+    def one_round(gamma):
+        run = pgd.Run(jax.random.key(0), hyper={"gamma": gamma})
+        return program.round(run, program.init(run, dataset), dataset)[0].buffer
+
+    gammas = jnp.array([0.5, 0.9])
+    swept = jax.jit(jax.vmap(one_round))(gammas)
+    assert float(jnp.abs(swept.done[0] - swept.done[1]).max()) > 0.1
+    for i, gamma in enumerate(gammas):
+        alone = jax.jit(one_round)(gamma)
+        for x, y in zip(alone, jax.tree.map(lambda x, i=i: x[i], swept)):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+        least = float(1.0 - gamma**2)  # of three steps: gamma (1 - done) is gamma^3
+        assert np.isclose(np.asarray(alone.done), least, atol=1e-6).any()
 
 
 def test_the_discount_is_that_of_the_agent_and_every_agent_states_it():
