@@ -254,7 +254,7 @@ def dense(params: dict, x: chex.Array) -> chex.Array:
 
 def unfold(x: chex.Array, kernel: int, gap: int = 1) -> chex.Array:
     """x (..., T, C) -> (..., T, kernel * C): each step beside those at distances of gap. dense() of
-    it is a convolution over time; in a scan on CPU, lax.conv is a hundred times slower."""
+    it is a convolution over time; in a scan on CPU, lax.conv is several times slower."""
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(kernel // 2 * gap,) * 2, (0, 0)])
     shifted = [padded[..., i * gap : i * gap + x.shape[-2], :] for i in range(kernel)]
     return jnp.concatenate(shifted, axis=-1)

@@ -559,8 +559,8 @@ MEASURES = {  # of final.json -> their names in the table
     "clone_log_prob": "held-out log-likelihood of the clone",
     "log_prob_synthetic": "log-likelihood of synthetic actions",
     "log_prob_real": "log-likelihood of logged actions",
-    "policy_distance": "distance to the policy (log: 1)",  # of synthetic actions, squared
-    "effective_guidance": "effective guidance (lambda / std^2)",
+    "policy_distance": "distance to policy, squared (log: 1)",  # of synthetic actions
+    "effective_guidance": "effective lambda of the guide",
 }
 OF_SYNTHETIC = ("log_prob_synthetic", "policy_distance", "effective_guidance")
 

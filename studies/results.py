@@ -369,7 +369,7 @@ def score_table(out: Path, scores: dict, agent: str) -> str:
     """-> a line per task: the score in each column."""
     behaviour = {x["task"]: x["behaviour_score"] for x in read(out / "rows.csv")}
     by_column = {column: column_of(scores, agent, column) for column in COLUMNS}
-    lines = [["log", "its own policy", "seeds", *COLUMNS]]
+    lines = [["log", "behaviour policy", "seeds", *COLUMNS]]
     for task, seeds in by_column["log alone"].items():
         line = [task, f"{behaviour[task]:.1f}", str(len(seeds))]
         for column in COLUMNS:
@@ -393,7 +393,7 @@ def paired_table(scores: dict, agent: str) -> str:
     """-> a line per task: what guided data add, seed by seed, and what unguided data do."""
     of = {column: column_of(scores, agent, column) for column in COLUMNS}
     pairs = [("unguided", "log alone"), *(("guided", c) for c in COLUMNS if c != "guided")]
-    lines = [["log", *(f"{x} less {y}" for x, y in pairs)]]
+    lines = [["log", *(f"{x} minus {y}" for x, y in pairs)]]
     for task in of["guided"]:
         cells = [difference(of[x][task], of[y][task]) if task in of[y] else "" for x, y in pairs]
         lines.append([task, *cells])
@@ -436,13 +436,11 @@ def pace_table(out: Path, scores: dict, agent: str) -> str:
 
 
 def cost_table(out: Path) -> str:
-    """-> a line per row: what it cost, and its command."""
-    lines = [["log", "agent", "row", "runs", "diverged", "minutes", "of those the fit", "on",
-              "command"]]  # fmt: skip
+    """-> a line per row: what it cost."""
+    lines = [["log", "agent", "row", "runs", "diverged", "minutes", "of those the fit", "on"]]
     for x in read(out / "rows.csv"):
         lines.append([x["task"], x["agent"], x["row"], f"{x['runs']:.0f}", f"{x['diverged']:.0f}",
-                      f"{x['minutes']:.0f}", f"{x['minutes_fit']:.0f}", x["on"],
-                      f"`{x['command']}`"])  # fmt: skip
+                      f"{x['minutes']:.0f}", f"{x['minutes_fit']:.0f}", x["on"]])  # fmt: skip
     return markdown(lines)
 
 

@@ -148,7 +148,7 @@ def test_tables_come_from_the_scores(tmp_path):
     interval = 3.182446 * np.std(range(4), ddof=1) / 2  # Student's t, three degrees of freedom
     at = lambda mean: f"{mean:.1f} ({mean - interval:.1f} to {mean + interval:.1f})"
     table = cells(made["td3_bc-scores"])
-    assert table["log"] == ["its own policy", "seeds", *results.COLUMNS]
+    assert table["log"] == ["behaviour policy", "seeds", *results.COLUMNS]
     assert table["easy"] == ["3.0", "4", at(11.5), at(21.5) + " at 10", at(16.5), at(41.5), ""]
     # Guided data add the same in every seed, so that the paired interval has no width
     paired = cells(made["td3_bc-paired"])["easy"]
@@ -263,7 +263,7 @@ HALF, LAST = (lambda x: np.mean(x[len(x) // 2 :])), (lambda x: x[-1])  # of the 
         ("hopper_alpha/log", "hyper.alpha", "ablation", (HALF,)),
         ("hopper_alpha/published", "guidance", "ablation", (HALF,)),
         ("hopper_alpha", ("guidance", "hyper.alpha"), "ablation", (HALF,)),
-        ("swimmer_cut", "hyper.alpha", "results", (LAST,)),
+        ("swimmer_cut", "hyper.alpha", "logs", (LAST,)),
         *((f"n_step/hopper-{n}", "guidance", "ablation", (HALF,)) for n in (1, 3, 5)),
         *((f"n_step/hopper-log-{n}", "hyper.alpha", "ablation", (HALF,)) for n in (3, 5, 10)),
         *((f"n_step/hopper-iql-{n}", None, "ablation", (HALF,)) for n in (1, 5)),
@@ -311,7 +311,7 @@ def test_the_page_shows_what_less_noise_on_observations_adds():
             if r["agent"] == "td3_bc" and r["arm"] in ("unguided", "guided"):
                 of_seed = found[-1].setdefault((r["task"], r["arm"]), {})
                 of_seed[int(r["seed"])] = float(r["score"])
-    page, (old, new) = (ROOT / "docs/results.md").read_text(), found
+    page, (old, new) = (ROOT / "docs/ablation.md").read_text(), found
     both = {k for k in old.keys() & new.keys() if not k[0].startswith("collect:")}  # other flags
     assert len(both) >= 4
     for task, arm in both:
@@ -342,8 +342,10 @@ def test_a_miniature_of_the_grid_resumes_and_reports(tmp_path, monkeypatch, caps
     results.study(ask)
     made = results.tables(tmp_path / "out")
     assert "pendulum-random@2000" in made["td3_bc-scores"] and "iql-scores" in made
-    assert "(2.5" not in made["cost"] and made["cost"].count("python pgd.py") == 4
-    assert made["cost"].count("--denoiser out/runs/pendulum-random@2000/td3_bc/diffusion") == 1
+    commands = [x["command"] for x in results.read(tmp_path / "out" / "rows.csv")]
+    assert len(commands) == 4 and made["cost"].count("\n| pendulum-random@2000 |") == 4
+    shared = [x for x in commands if "--denoiser out/runs/pendulum-random@2000/td3_bc/diff" in x]
+    assert len(shared) == 1 and not any("(2.5" in x for x in commands)
     assert all((tmp_path / "out" / name).stat().st_size for name in ("curves.png", "profiles.png"))
     lines = results.read(tmp_path / "out" / "scores.csv")
     assert len(lines) == 2 * 2 * (3 + 2)  # agents, seeds; weights, unguided and guided
