@@ -6,11 +6,11 @@
 A diffusion model of whole sub-trajectories learns a fixed log. While it samples, the current policy
 pulls the sampled actions toward its own. The agent trains on these synthetic trajectories.
 
-Copied alone into another project, this file needs jax, optax, chex and numpy:
+Copied alone into another project, this file needs jax, optax 0.2.7, chex and numpy:
 
     config = Config(horizon=16)
     dataset = make_dataset(log, config)          # log: a dict of D4RL's five arrays
-    train = make_train(config, agent)            # agent: init, update, act and log_prob
+    train = make_train(config, agent)            # agent: init, update, act, log_prob; gamma
     state, metrics = jax.jit(train)(key, dataset)
     jax.jit(jax.vmap(train, in_axes=(0, None)))(jax.random.split(key, 8), dataset)
 """
@@ -43,7 +43,7 @@ class Config:
     seed: int = 0  # first seed
     num_seeds: int = 1  # number of seeds: seed, seed + 1, ... in one program
     # --- Denoiser ---
-    horizon: int = 4  # steps in a synthetic trajectory (T)
+    horizon: int = 4  # steps in a synthetic trajectory (T), at least 2
     validation: float = 0.05  # fraction of the episodes held out of the generator's training
     features: int = 64  # channels at the U-Net's first level; each further level doubles them
     levels: int = 1  # levels of the U-Net; with 1 it works at full length throughout
@@ -82,7 +82,7 @@ class Config:
     updates: int = 250  # agent updates per round
     batch_size: int = 256  # transitions in each batch of the agent
     real_batch: int = 16  # real transitions in each batch of the agent
-    trajectories: int = 2_048  # synthetic trajectories per round
+    trajectories: int = 2_048  # synthetic trajectories per round, in whole sampler calls
     sample_batch: int = 512  # trajectories per sampler call
     buffer_rounds: int = 2  # rounds of synthetic data that are kept
     n_step: int = 1  # rewards in a critic's target, logged or synthetic; fewer at an end
@@ -97,7 +97,7 @@ class Transition(NamedTuple):
     obs: chex.Array  # (..., O), standardised
     action: chex.Array  # (..., A), in [-1, 1]
     reward: chex.Array  # (...), as logged
-    done: chex.Array  # (...), 1 at a true terminal, else 0 (or n_step's); has no gradient
+    done: chex.Array  # (...), 1 at a true terminal, else 0, or as n_step has it; no gradient
     next_obs: chex.Array | None = None  # (..., O)
     next_action: chex.Array | None = None  # (..., A), NaN if unknown; meaningless if done
 
@@ -164,20 +164,23 @@ def window_starts(terminals, timeouts, horizon: int) -> np.ndarray:
     return np.repeat(first, np.where(terminals[end] | (first + horizon <= end), times, 0))
 
 
-def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) -> Dataset:
-    """A log in D4RL's flat layout -> Dataset. The log: observations (N, O), actions (N, A) from
-    action_low to action_high, rewards (N,), terminals (N,), timeouts (N,), and next_observations
-    (N, O) or none, without which the transitions at time-outs are left out."""
+def make_dataset(log: dict, config: Config, action_low=None, action_high=None) -> Dataset:
+    """A log in D4RL's flat layout -> Dataset. The log: observations (N, O), actions (N, A),
+    rewards, terminals and timeouts (N,), and next_observations (N, O), or none: then transitions at
+    time-outs are left out. Bounds clip the actions; None: [-1, 1] or, if wider, the log's."""
     obs, action = np.asarray(log["observations"]), np.asarray(log["actions"])
     terminals = np.asarray(log["terminals"], bool)
     timeouts = np.asarray(log["timeouts"], bool) & ~terminals
     timeouts[-1] |= not terminals[-1]
     (num, num_obs), num_act = obs.shape, action.shape[1]
-    last_part = max(config.horizon + 1, round(config.validation * num))
-    one_episode = not np.any((terminals | timeouts)[:-1]) and num > last_part
-    if one_episode:  # its last part is held out
-        timeouts[-last_part - 1] = True
-    low, high = (np.broadcast_to(np.float32(b), num_act) for b in (action_low, action_high))
+    ends, part = np.flatnonzero(terminals | timeouts), round(config.validation * num)
+    lengths = np.diff(ends, prepend=-1)
+    lengths *= terminals[ends] | (lengths > config.horizon)  # of episodes that have windows
+    longest, part = np.argmax(lengths), max(part, config.horizon + 1)
+    if cut := lengths[longest] > max(part, lengths.sum() / 2 - 1):  # its last part is held out
+        timeouts[ends[longest] - part] = True
+    edges = (action_low, np.minimum(action.min(0), -1)), (action_high, np.maximum(action.max(0), 1))
+    low, high = (np.broadcast_to(np.float32(x if b is None else b), num_act) for b, x in edges)
     # Standardise every channel of (observation, arctanh of the action, reward, done)
     final_obs = log.get("next_observations", obs[:0])
     final_obs = final_obs[timeouts[: len(final_obs)]]
@@ -198,7 +201,7 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
     episode = np.concatenate([[0], np.cumsum(terminals | timeouts)[:-1]])  # (N,)
     episodes = np.unique(episode[starts] if len(starts) else episode)
     num_val = max(1, round(config.validation * len(episodes)))
-    shuffled = episodes if one_episode else np.random.default_rng(0).permutation(episodes)
+    shuffled = [longest + 1] if cut else np.random.default_rng(0).permutation(episodes)
     held_out = np.isin(episode, shuffled[-num_val:])
     usable = np.flatnonzero(~timeouts)
     successors = np.where(terminals[usable], usable, usable + 1)  # a terminal's is never used
@@ -206,16 +209,14 @@ def make_dataset(log: dict, config: Config, action_low=-1.0, action_high=1.0) ->
         usable = np.concatenate([usable, np.flatnonzero(timeouts)])
         successors = np.concatenate([successors, num + np.arange(len(final_obs))])
     index = lambda x: jnp.asarray(x, jnp.int32)
-    return Dataset(
-        jnp.float32(steps), index(starts[~held_out[starts]]), index(starts[held_out[starts]]),
-        index(usable), index(successors), index(np.flatnonzero(~held_out[usable])),
-        index(np.flatnonzero(held_out[usable])), *map(jnp.float32, (mean, std, low, high)),
-    )  # fmt: skip
+    rows = starts[~held_out[starts]], starts[held_out[starts]], usable, successors
+    rows += np.flatnonzero(~held_out[usable]), np.flatnonzero(held_out[usable])
+    return Dataset(jnp.float32(steps), *map(index, rows), *map(jnp.float32, (mean, std, low, high)))
 
 
 def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
-    """Sampled trajectories (S, T, D) -> Transition (S * T, ...). The first transitions of all take
-    the places of what follows a terminal, and of last steps, which have no successor."""
+    """Sampled trajectories (S, T, D) -> Transition (S * T, ...). Steps after a terminal, and last
+    steps, which have no successor, are replaced by copies of the first transitions of all."""
     t, last = dataset.split(x), jnp.arange(x.shape[1]) == x.shape[1] - 1
     kept = ((jnp.cumsum(t.done, axis=1) == t.done) & ((t.done > 0) | ~last)).ravel()
     after = jnp.arange(kept.size) + ((t.done == 0) & ~last).ravel()
@@ -226,8 +227,8 @@ def trajectories_to_transitions(dataset: Dataset, x: chex.Array) -> Transition:
 
 
 def n_step(t: Transition, follows: chex.Array, gamma, n: int) -> Transition:
-    """Transitions in order (S, ...) -> of up to n steps: their n-step target is reward + gamma (1 -
-    done) V(next_obs). follows (S, ...): whether the next transition continues this one."""
+    """Transitions in order (S, ...) -> of up to n steps, with targets reward + gamma (1 - done) V(
+    next_obs): done is 1 - gamma^(k - 1) after k. follows (S, ...): the next one continues this."""
     goes_on, out = follows & (t.done == 0), t
     choose = lambda x, y: jnp.where(goes_on[..., None] if x.ndim > goes_on.ndim else goes_on, x, y)
     for _ in range(n - 1):
@@ -321,8 +322,7 @@ def unet(params: dict, x: chex.Array, c_noise: chex.Array, config: Config) -> ch
     emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).astype(dtype)
     for layer in params["embed"]:
         emb = jax.nn.relu(dense(layer, emb))
-    h = dense(params["in"], unfold(x, config.kernel))
-    skips = []
+    h, skips = dense(params["in"], unfold(x, config.kernel)), []
     for level, blocks in enumerate(params["down"]):
         if level > 0:
             skips.append(h)
@@ -445,12 +445,12 @@ def make_guide(terms: Sequence[tuple[Any, Callable]], dataset: Dataset, config: 
         v, v_u = s**2 * SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2)  # of an observation, of an action
         t = dataset.split(denoised)._replace(reward=None, done=None)  # no score sees them
         g, h = jax.jvp(gradient, (t,), (jax.tree.map(jnp.ones_like, t),))  # h: Hessian's row sums
-        # States: about sqrt(v) where no curvature stops them within 2 standard deviations
+        # States: about sqrt(v) where the curvature puts a top more than 2 std away, or nowhere
         k = jax.nn.relu(-h.obs)
         k += jax.nn.relu(jnp.abs(g.obs) - 2.0 * k) / jnp.sqrt(v)
         moved = v * g.obs / (1.0 + v * k)
-        # Actions a = tanh(u): to the mode of N(a, v_a) exp(score), by halving the way to the log's
-        # bounds; by sqrt(v) at most where neither a top nor curvature stops the score before them
+        # Actions a = tanh(u): to the mode of N(a, v_a) exp(score), by bisection up to the log's
+        # bounds; if the score has neither a top nor curvature before them, by sqrt(v) at most
         a, u, sign = t.action, denoised[..., is_action] * std + mean, jnp.sign(g.action)
         v_a, end = v_u * (std * (1.0 - a**2)) ** 2, sign * jnp.maximum(jnp.abs(u), 3.8) - u
         uphill = lambda d: sign * gradient(t._replace(action=jnp.tanh(u + d))).action
@@ -575,14 +575,14 @@ def sample(key, state, dataset, config: Config, terms=(), start=None, rule=make_
 
 def generate(key, state, policy, weight, dataset, config, terms=(), rule=make_guide):
     """Synthetic trajectories, end to end -> Transition (trajectories * T, ...). weight () scales
-    the guidance by the policy; terms are further (weight, score) pairs."""
+    the two guides of config and is 0 in round 0; terms: further (weight, score) pairs."""
     near = lambda obs, action: -jnp.sum((action - policy.act(obs)) ** 2, -1) / 2  # of N(act, 1)
-    scale = lambda q: q / jnp.mean(jnp.abs(jax.lax.stop_gradient(q)))  # as in TD3+BC
+    scale = lambda q: q / jnp.maximum(jnp.mean(jnp.abs(jax.lax.stop_gradient(q))), 1e-6)  # TD3+BC's
     value = lambda obs, action: scale(policy.q_value(obs, action))
     guides = [(config.guidance, near), (config.value_guidance, value)]
-    is_off = lambda w: isinstance(w, float) and w == 0  # known when the program is compiled
+    is_off = lambda w: isinstance(w, int | float) and w == 0  # known when the program is compiled
     terms = [(weight * w, action_score(f)) for w, f in guides if not is_off(w)] + list(terms)
-    keys = jax.random.split(key, config.trajectories // config.sample_batch)
+    keys = jax.random.split(key, -(-config.trajectories // config.sample_batch))
     x = jax.lax.map(lambda key: sample(key, state, dataset, config, terms, None, rule), keys)
     return trajectories_to_transitions(dataset, x.reshape(-1, *x.shape[-2:]))
 
@@ -602,7 +602,7 @@ def make_diffusion(config: Config, terms=(), rule: Callable = make_guide) -> Gen
         fit=functools.partial(fit_diffusion, config=config),
         generate=functools.partial(generate, config=config, terms=terms, rule=rule),
         validate=functools.partial(validate_diffusion, config=config),
-        num_chunks=config.fit_steps // config.fit_chunk,
+        num_chunks=-(-config.fit_steps // config.fit_chunk),
         length=config.horizon,
     )
 
@@ -671,7 +671,7 @@ def make_program(config: Config, agent, make_generator=make_diffusion, evaluate=
 
     def parts(run):
         own = dataclasses.replace(config, **run.settings)
-        return own, agent(**run.hyper) if callable(agent) else agent, make_generator(own)
+        return own, agent if hasattr(agent, "init") else agent(**run.hyper), make_generator(own)
 
     def init(run, dataset):
         _, agent, generator = parts(run)
@@ -694,7 +694,7 @@ def make_program(config: Config, agent, make_generator=make_diffusion, evaluate=
 
     def run_round(run, state, dataset):
         c, agent, _ = parts(run)
-        gamma = getattr(agent, "gamma", 0.99)
+        gamma = agent.gamma if c.n_step > 1 else 1.0
         *_, key_update, key_evaluate, key_probe = run_keys(run, state.round)
         synthetic = generate(run, state, dataset)  # Generate
         follows = jnp.all(synthetic.next_obs == jnp.roll(synthetic.obs, -1, axis=0), axis=-1)

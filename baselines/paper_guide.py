@@ -2,10 +2,11 @@
 
     python pgd.py --guidance-rule paper --guidance 0.25
 
-At level n of N the paper pushes the sample by lambda_n g / ||g||. g is the gradient of the score by
-the standardised trajectory, and lambda_n = lambda ((1 - n/N) + 0.3 sin(pi (n + 1) / N)) is 0 at the
-last level (PGD section 4). Here the push is a change of the denoiser's output that moves the next
-sample as far, so that the samplers need no guide.
+At each level the paper pushes the sample by lambda_n g / ||g|| (PGD section 4). g is the gradient
+of the score by the standardised trajectory, and lambda_n = lambda max(0, 1 - n + 0.3 sin(pi n)),
+where n grows from 0 at the first level to 1 at the last; the paper's sine is a level ahead. Here
+the push is a change of the denoiser's output that moves the next sample as far, so that the
+samplers need no guide.
 """
 
 import jax
@@ -25,7 +26,7 @@ def make_paper_guide(terms, dataset: pgd.Dataset, config: pgd.Config):
     seen = lambda x: dataset.split(x)._replace(reward=None, done=None)
 
     def guide(denoised, sigma):
-        n = (high - sigma ** (1 / config.rho)) / (high - low)  # n / N (EDM equation 5)
+        n = (high - sigma ** (1 / config.rho)) / (high - low)  # from 0 to 1 (EDM equation 5)
         lambda_n = 256 / config.sample_steps * jax.nn.relu(1 - n + 0.3 * jnp.sin(jnp.pi * n))
         # The step to the next level keeps this share of the sample and takes the rest from D
         h = config.rho * (high - low) / sigma ** (1 / config.rho) / (config.sample_steps - 1)

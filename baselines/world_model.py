@@ -307,12 +307,12 @@ def validate(state: WorldModelState, dataset, config: Config) -> dict:
 
 def make_world_model(config: Config) -> pgd.Generator:
     """The ensemble as a Generator. config.horizon times config.trajectories transitions are made in
-    each round, config.horizon times config.sample_batch of them at once."""
+    each round, rounded down to whole rollouts, config.horizon times config.sample_batch at once."""
     return pgd.Generator(
         init=functools.partial(init, config=config),
         fit=functools.partial(fit, config=config),
         generate=functools.partial(generate, config=config),
         validate=functools.partial(validate, config=config),
-        num_chunks=config.model_steps // config.model_chunk,
+        num_chunks=-(-config.model_steps // config.model_chunk),
         length=config.rollout,
     )

@@ -247,6 +247,34 @@ def test_the_held_out_part_of_a_single_episode_holds_a_window():
     assert dataset.train_starts.max() + 31 < dataset.val_starts.min()
 
 
+@pytest.mark.parametrize(
+    "lengths", [(6, 1000), (1000, 3), (500, 500), (8,) * 30 + (100,), (400, 60, 60, 60)]
+)
+def test_no_log_of_uneven_episodes_loses_its_training_windows_to_the_held_out_part(lengths):
+    parts = [toy_log(episodes=1, length=n, seed=n) for n in lengths]
+    log = {key: np.concatenate([x[key] for x in parts]) for key in parts[0]}
+    log["timeouts"] = log["timeouts"] | log["terminals"]
+    log["terminals"] = np.zeros_like(log["timeouts"])
+    dataset = pgd.make_dataset(log, pgd.Config(horizon=8))
+    train, val = (np.unique(x) for x in (dataset.train_starts, dataset.val_starts))
+    assert len(val) > 0 and len(train) > 5 * len(val)
+    assert not {s + i for s in train for i in range(8)} & {s + i for s in val for i in range(8)}
+    rows = len(dataset.train_rows), len(dataset.val_rows)
+    assert rows[1] > 0 and sum(rows) == len(dataset.usable) and rows[0] > 5 * rows[1]
+
+
+def test_actions_without_bounds_are_not_clipped_at_one(log):
+    wide = log | {"actions": 2.0 * log["actions"]}
+    dataset = pgd.make_dataset(wide, pgd.Config(horizon=8))
+    np.testing.assert_allclose(dataset.action_high, wide["actions"].max(0))
+    np.testing.assert_allclose(dataset.action_low, wide["actions"].min(0))
+    t = dataset.transitions(np.arange(300))
+    logged = wide["actions"][dataset.usable[:300]]
+    np.testing.assert_allclose(dataset.unscale_action(t.action), logged, atol=5e-3)
+    narrow = pgd.make_dataset(log | {"actions": 0.5 * log["actions"]}, pgd.Config(horizon=8))
+    assert narrow.action_low.tolist() == [-1, -1] and narrow.action_high.tolist() == [1, 1]
+
+
 # --- Sampled trajectories become transitions ---
 
 

@@ -178,6 +178,56 @@ def fit_with(dataset, key=0, **settings):
     return state
 
 
+def test_steps_and_trajectories_that_fill_no_whole_chunk_are_rounded_up():
+    config = dataclasses.replace(CONFIG, fit_steps=7, trajectories=10)
+    program, dataset = make(config)
+    assert program.num_chunks == 2
+    state = jax.eval_shape(program.init, one(0), dataset)
+    assert state.buffer.reward.shape == (2, 12 * config.horizon)
+    program, _ = make(dataclasses.replace(config, trajectories=1), synthetic="diffusion")
+    made = jax.eval_shape(program.generate, one(0), state, dataset)
+    assert made.reward.shape == (4 * config.horizon,)
+
+
+class OwnAgent:
+    """A user's own agent: a class that can be called, with a linear critic that starts at 0."""
+
+    def init(self, key, obs_dim, act_dim):
+        return {"w": jnp.zeros(obs_dim + act_dim), "b": jnp.zeros((obs_dim, act_dim))}
+
+    def __call__(self, obs):
+        raise AssertionError("an agent is not a function of hyperparameters")
+
+    def update(self, key, state, batch):
+        return state, {"loss": jnp.mean(batch.reward)}
+
+    def act(self, state, obs):
+        return jnp.tanh(obs @ state["b"])
+
+    def log_prob(self, state, obs, action):
+        return -jnp.sum((action - self.act(state, obs)) ** 2, axis=-1)
+
+    def q_value(self, state, obs, action):
+        return jnp.concatenate([obs, action], -1) @ state["w"]
+
+
+def test_a_users_own_agent_may_be_callable_and_its_critic_may_start_at_zero():
+    config = dataclasses.replace(CONFIG, fit_steps=5, value_guidance=1.0, guidance=0)
+    program, dataset = make(config, OwnAgent(), evaluate=None)
+    state = jax.jit(program.init)(one(0), dataset)
+    made = jax.jit(program.generate)(one(0), state._replace(round=jnp.int32(1)), dataset)
+    assert all(bool(jnp.isfinite(x).all()) for x in made[:5])
+    with pytest.raises(AttributeError, match="gamma"):
+        program, _ = make(dataclasses.replace(config, n_step=2), OwnAgent(), evaluate=None)
+        jax.eval_shape(program.round, one(0), state, dataset)
+
+
+def test_a_guide_that_is_off_asks_nothing_of_the_agent():
+    config = dataclasses.replace(CONFIG, guidance=0, value_guidance=0)
+    program, dataset = make(config, CLONER, evaluate=None)
+    jax.eval_shape(program.round, one(0), jax.eval_shape(program.init, one(0), dataset), dataset)
+
+
 @pytest.mark.slow
 def test_the_length_of_a_chunk_does_not_change_the_result():
     dataset = pgd.make_dataset(toy_log(), CONFIG)
