@@ -301,6 +301,8 @@ def train_policy(settings: PolicyTraining, agent) -> None:
 
     settings.check()
     task, num_envs = settings.task, settings.num_envs
+    if list(Path(settings.out).glob(f"{task}-[0-9]*.npz")):
+        raise UserError(f"{settings.out} already holds policies of {task}; name another --out")
     copies = sim.make_envs(task, num_envs)
     judge = sim.make_envs(task, 100 if task in sim.GYMNAX else num_envs)
     act_dim, rng = copies.low.size, np.random.default_rng(settings.seed)

@@ -1,4 +1,4 @@
-"""How many cores of the CPU this process may use."""
+"""How many cores of the CPU and how much memory this process may use."""
 
 import contextlib
 import os
@@ -15,3 +15,11 @@ def num_cores() -> int:
         quota, period = map(int, (CGROUP / "cpu.max").read_text().split())
         num = min(num, max(1, quota // period))
     return num
+
+
+def memory_limit() -> int:
+    """-> bytes of this machine's memory, or of its container's limit if fewer."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+        memory = min(memory, int((CGROUP / "memory.max").read_text()))
+    return memory

@@ -23,6 +23,7 @@ def export(target: str, log: dict[str, np.ndarray], task, about: str) -> None:
     task: a data.Task, whose action bounds and reference returns a Minari data set records.
     about: one line of provenance. Raises UserError or OSError if the log cannot be written.
     """
+    refuse_existing_export(target)  # again: another run may have written it since
     if target.startswith("minari:"):
         write_minari(target.removeprefix("minari:"), log, task, about)
     else:
@@ -84,7 +85,7 @@ def write_minari(name: str, log: dict[str, np.ndarray], task, about: str) -> Non
         raise UserError(f"{get_dataset_path()} has no room for {size / 1e6:.0f} MB")
     low, high = (np.asarray(b, np.float32) for b in (task.action_low, task.action_high))
     shape = log["observations"].shape[1:]
-    whole = False
+    whole, new = False, not get_dataset_path(name).exists()
     try:
         with warnings.catch_warnings():  # minari warns of a missing author, environment, ...
             warnings.simplefilter("ignore")
@@ -100,7 +101,7 @@ def write_minari(name: str, log: dict[str, np.ndarray], task, about: str) -> Non
     except (RuntimeError, ValueError, OSError) as e:
         raise UserError(f"minari:{name} could not be written ({e})") from e
     finally:
-        if not whole:
+        if not whole and new:
             shutil.rmtree(get_dataset_path(name), ignore_errors=True)
 
 

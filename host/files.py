@@ -15,13 +15,14 @@ import sys
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
+from host.cores import memory_limit
 from host.errors import UserError, printable
 
 # Exceptions of h5py, zipfile and numpy on a damaged file or a file of another format
@@ -64,6 +65,8 @@ def make_folder(folder: Path, variable: str) -> None:
 
 # --- Write whole or not at all ---
 
+open_parts: set[Path] = set()  # files that are being written, which a signal removes
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
@@ -76,6 +79,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    open_parts.add(part)
     try:
         yield part
         with open(part, "rb+") as f:
@@ -83,6 +87,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+        open_parts.discard(part)
 
 
 @contextlib.contextmanager
@@ -212,6 +217,9 @@ def _opened(path: Path) -> Iterator[str]:
         raise
     except DAMAGE as e:
         said = " ".join(str(e).split())
+        if "unable to lock file" in said and "errno = 11" not in said:
+            raise UserError(f"{path} lies on a disk without locks; set HDF5_USE_FILE_LOCKING=FALSE"
+                            ) from e  # fmt: skip
         if getattr(e, "errno", None) == errno.EAGAIN or "unable to lock file" in said:
             raise UserError(f"{path} is locked, since another program is writing it; close it "
                             "there first") from e  # fmt: skip
@@ -220,6 +228,10 @@ def _opened(path: Path) -> Iterator[str]:
         if "plugin" in said or "filter" in said and "returned failure" not in said:
             raise UserError(f"{path} is compressed with a filter that is not installed here; write "
                             "it again with: h5repack -f GZIP=4 IN OUT") from e  # fmt: skip
+        if path.suffix == ".npy":
+            raise UserError(
+                f"{path} is one array; save all arrays of the log with numpy.savez"
+            ) from e
         raise UserError(f"{path} cannot be read as {kind}; it is damaged or of another kind") from e
 
 
@@ -294,6 +306,19 @@ def npy_header(z: zipfile.ZipFile, entry: str) -> tuple[np.dtype, tuple]:
     return dtype, shape
 
 
+def few(names: Sequence[str]) -> str:
+    """Names -> a line of the first ones."""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more
+
+
+def too_many_axes(shape: tuple) -> str:
+    """The shape of an array with more than two axes -> what to do about it."""
+    if len(shape) == 3:
+        return "put the rows of all episodes end to end, as (N, O) or (N,)"
+    return "images are not supported"
+
+
 def _check_headers(
     path: Path,
     headers: dict[str, tuple[np.dtype, tuple | None]],
@@ -303,7 +328,7 @@ def _check_headers(
     """Check {name: (dtype, shape)} before the arrays are read, as read_arrays describes."""
     needed = [name for name in names if name not in optional]
     if lacking := sorted(set(needed) - set(headers)):
-        raise UserError(f"{path} has no {', '.join(lacking)}; it needs {', '.join(needed)}")
+        raise UserError(f"{path} has no {few(lacking)}; it needs {few(needed)}")
     declared = 0
     for name, (dtype, shape) in headers.items():
         if dtype.kind == "O":
@@ -311,7 +336,7 @@ def _check_headers(
         if dtype.kind not in "fiub":
             raise UserError(f"{path}: {name} holds {dtype}, not numbers")
         if shape is not None and len(shape) > 2:
-            raise UserError(f"{path}: {name} has shape {shape}; images are not supported")
+            raise UserError(f"{path}: {name} has shape {shape}; {too_many_axes(shape)}")
         if shape is None:
             raise UserError(f"{path}: {name} has shape {shape}, it should be (N, ...)")
         declared += int(np.prod(shape, dtype=object)) * dtype.itemsize
@@ -320,7 +345,7 @@ def _check_headers(
         raise UserError(
             f"{path} is {stored:,} bytes and declares {declared:,} bytes of numbers; it is not read"
         )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = memory_limit()
     if declared > 0.5 * memory:
         raise UserError(
             f"{path} holds {declared / 1e9:.1f} GB of numbers, too much for the "

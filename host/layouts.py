@@ -117,9 +117,42 @@ def flat(path: Path, found: dict):
             said.append(f"{done} is taken as terminals, without time-outs")
     if "timeouts" not in log and (last or first or (done and "terminals" in chosen)):
         log["timeouts"] = ends & ~flags(column(log["terminals"]))
+    if "masks" in found and found["masks"][1] == (num,):
+        ends = ends if done or last or first else flags(column(log["terminals"]))
+        said.append(use_masks(path, log, ends))
+    if "valids" in found and found["valids"][1] == (num,):
+        said.append(keep_valid(path, log))
     if "costs" in found or "cost" in found:
         said.append("costs are not used")
-    return {key: log[key] for key in NAMES if key in log}, "; ".join(said), unsure
+    said = "; ".join(filter(None, said))
+    return {key: log[key] for key in NAMES if key in log}, said, unsure
+
+
+def use_masks(path: Path, log: dict, ends: np.ndarray) -> str:
+    """Where masks (N,) are 0 and 1, as in the logs of OGBench and of JAX libraries, a terminal is
+    where they are 0, and `ends` (N,) are the ends of trajectories. -> what was done."""
+    masks = read_arrays(path, ("masks",))["masks"]
+    if not np.isin(masks, (0, 1)).all() or np.array_equal(masks == 0, log["terminals"] != 0):
+        return ""
+    ends = ends | (log["terminals"] != 0) | (log.get("timeouts", np.zeros(len(ends))) != 0)
+    log["terminals"] = masks == 0
+    log["timeouts"] = ends & ~log["terminals"]
+    return "terminals are where masks is 0, and other ends are time-outs"
+
+
+def keep_valid(path: Path, log: dict) -> str:
+    """Where valids (N,) is 0, as in OGBench's compact data sets, a row is the last observation of a
+    trajectory and no step: it becomes the successor of the row before it. -> what was done."""
+    valid = read_arrays(path, ("valids",))["valids"] != 0
+    if valid.all():
+        return ""
+    last = valid & ~np.append(valid[1:], False)
+    log.setdefault("next_observations", np.roll(log["observations"], -1, axis=0))
+    timeouts = log.get("timeouts", np.zeros(len(valid))) != 0
+    log["timeouts"] = (timeouts | last) & (log["terminals"] == 0)
+    for key in log:
+        log[key] = log[key][valid]
+    return f"{np.sum(~valid)} rows that valids marks are last observations, not steps"
 
 
 def join(episodes: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -136,7 +169,7 @@ def numbered(found: dict, pattern: str) -> list[str]:
 def robomimic(path: Path, found: dict):
     """data/demo_N/{obs/*, actions, rewards, dones}: observations are those of one or two axes, in
     the order of their names. A demonstration ends at its first success, which dones marks, or else
-    by a time-out."""
+    by a time-out. Where rewards are 0 and 1, a last row that is done without one is a time-out."""
     demos = numbered(found, r"data/demo_(\d{1,9})(?=/)")
     if not demos:
         return None
@@ -147,21 +180,32 @@ def robomimic(path: Path, found: dict):
     if not channels:
         raise UserError(f"{path}: {first} has no observations but images, which are not supported")
     names = [f"{demo}/obs/{c}" for demo in demos for c in channels]
+    names += [x for name in names if (x := name.replace("/obs/", "/next_obs/", 1)) in found]
+    after = len(names) == 2 * len(demos) * len(channels)  # all successors are there
+    wide = tuple(names)
     names += [f"{demo}/{key}" for demo in demos for key in ("actions", "rewards", "dones")]
-    arrays = read_arrays(path, tuple(names), wide=tuple(n for n in names if "/obs/" in n))
-    episodes, cut = [], 0
+    arrays = read_arrays(path, tuple(names), wide=wide)
+    sparse = all(np.isin(arrays[f"{demo}/rewards"], (0, 1)).all() for demo in demos)
+    episodes, cut, failed = [], 0, 0
     for demo in demos:
         columns = [arrays[f"{demo}/obs/{c}"] for c in channels]
+        columns += [arrays[f"{demo}/next_obs/{c}"] for c in channels] if after else []
         action, reward, done = (arrays[f"{demo}/{key}"] for key in ("actions", "rewards", "dones"))
-        agree(demo, len(action), dict(zip(channels, columns)) | {"rewards": reward, "dones": done})
+        of_obs = dict(zip([*channels, *(f"next {c}" for c in channels)], columns))
+        agree(demo, len(action), of_obs | {"rewards": reward, "dones": done})
         columns = [x.reshape(len(x), -1) for x in columns]
         terminal = flags(done).ravel()
         end = int(np.argmax(terminal)) + 1 if terminal.any() else len(terminal)
         cut += len(terminal) - end
+        if sparse and terminal.any() and end == len(terminal) and np.ravel(reward)[-1] == 0:
+            terminal, failed = np.zeros_like(terminal), failed + 1
         timeout = np.arange(end) == end - 1
+        half = len(channels)
+        known = {"next_observations": np.concatenate(columns[half:], 1)[:end]} if after else {}
         episodes.append(
-            {
-                "observations": np.concatenate(columns, axis=1)[:end],
+            known
+            | {
+                "observations": np.concatenate(columns[:half], axis=1)[:end],
                 "actions": action[:end],
                 "rewards": reward[:end],
                 "terminals": terminal[:end],
@@ -170,6 +214,7 @@ def robomimic(path: Path, found: dict):
         )
     said = f"robomimic's layout: {len(demos)} demonstrations, observations {', '.join(channels)}"
     said += f"; {cut} steps after the first success are left out" if cut else ""
+    said += f"; {failed} that end without a reward end by a time-out" if failed else ""
     return (
         join(episodes),
         said + (f"; images {', '.join(images)} are not used" if images else ""),

@@ -13,7 +13,7 @@ import numpy as np
 
 from host import layouts
 from host.errors import UserError
-from host.files import say
+from host.files import say, too_many_axes
 
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")  # of every log
 SUCCESSORS = "next_observations"  # of logs that know the observation after a time-out
@@ -62,7 +62,10 @@ def mend_log(log: dict, where: str, name: str, rules: Rules, said: str = "") -> 
     for key in set(KEYS[3:]) & set(log):
         log[key] = as_flags(log[key], key, where, rules)
     refuse_discrete(log["actions"], where, rules)
-    steps: list[Callable] = [drop_repeated_tail, mend_terminals, mend_timeouts, drop_resets, narrow]
+    steps: list[Callable] = [
+        drop_repeated_tail, drop_reset_rows, tell_both_apart, mend_terminals, mend_timeouts,
+        drop_fillers, say_odd_ends, narrow,
+    ]  # fmt: skip
     try:
         phrases = [said, unknown, *(step(log, rules) for step in steps)]
     except UserError as e:
@@ -84,7 +87,7 @@ def check_log(log: dict[str, np.ndarray], where: str) -> None:
         shape = log[key].shape
         agrees = key != SUCCESSORS or [*shape[1:]] == width
         if len(shape) > 2:
-            raise UserError(f"{where}: {key} has shape {shape}; images are not supported")
+            raise UserError(f"{where}: {key} has shape {shape}; {too_many_axes(shape)}")
         if len(shape) != ndim or shape[0] != num or 0 in shape or not agrees:
             letter = "A" if key == "actions" else "O"
             want = f"({num}, {letter})" if ndim == 2 else f"({num},)"
@@ -195,6 +198,52 @@ def drop_repeated_tail(log: dict[str, np.ndarray], rules: Rules) -> str:
     return f"the last {num:,} rows are one repeated row and are left out"
 
 
+def drop_reset_rows(log: dict[str, np.ndarray], rules: Rules) -> str:
+    """Leave out the row after each end where it is no step: vector environments of gymnasium 1
+    record one there, from the final state to the next episode's first, with a reward of 0."""
+    ends = np.flatnonzero(log["terminals"] | log.get("timeouts", False))
+    extra = ends[ends < len(log["rewards"]) - 2] + 1
+    others = np.delete(log["rewards"], extra)
+    if len(extra) < 2 or log["rewards"][extra].any() or np.mean(others != 0) < 0.5:
+        return ""
+    if np.isin(extra, ends).any():
+        return ""
+    obs = log["observations"]
+    moves = np.linalg.norm(np.diff(obs, axis=0) / np.maximum(obs.std(0), 1e-12), axis=1)
+    usual = np.quantile(np.delete(moves, np.concatenate([extra - 1, extra])), 0.99)
+    if np.median(moves[extra - 1]) > usual or np.median(moves[extra]) <= usual:
+        return ""  # the row does not continue the episode, or the next one does
+    for key in log:
+        log[key] = np.delete(log[key], extra, axis=0)
+    return (
+        f"{len(extra)} rows after the ends of episodes are no steps, but lead with a reward of 0 "
+        "to the next episode's first observation, as vector environments record them; they are "
+        "left out"
+    )
+
+
+def tell_both_apart(log: dict[str, np.ndarray], rules: Rules) -> str:
+    """Where every time-out is also marked as a terminal, as by a recorder that keeps `done` for
+    terminals, take those for time-outs; where all ends are both, those of the longest episodes."""
+    if "timeouts" not in log:
+        return ""
+    terminals, timeouts = log["terminals"], log["timeouts"]
+    if timeouts.sum() < 2 or np.any(timeouts & ~terminals):
+        return ""
+    moved, which = timeouts, "they are taken as time-outs"
+    if np.array_equal(terminals, timeouts):
+        ends = np.flatnonzero(terminals)
+        lengths = np.diff(ends, prepend=-1)
+        limit = rules.limit or int(lengths.max())
+        moved = np.zeros_like(terminals)
+        moved[ends[lengths == limit]] = True
+        which = f"the {moved.sum():,} after {limit:,} steps are taken as time-outs"
+        if moved.sum() < 2:
+            moved, which = np.zeros_like(terminals), "they are taken as terminals"
+    log["terminals"], log["timeouts"] = terminals & ~moved, moved
+    return f"{timeouts.sum():,} ends are marked as terminals and as time-outs; {which}"
+
+
 def mend_terminals(log: dict[str, np.ndarray], rules: Rules) -> str:
     """Take terminals for time-outs where the task has none, or has them at its limit alone; at a
     goal, let the trajectory end with its first terminal."""
@@ -273,9 +322,9 @@ def mend_timeouts(log: dict[str, np.ndarray], rules: Rules) -> str:
             breaks[-1] |= not log["terminals"][-1]
         log["timeouts"] = breaks | log["timeouts"]
         return missing + ("; ".join(said) or "no end is unmarked") if said or missing else ""
-    if rules.limit and not given.any():
-        log["timeouts"] = timeouts_by_limit(log["terminals"], rules.limit)
-        if missing or log["timeouts"].any():
+    if rules.limit and not given[:-1].any():
+        log["timeouts"] = timeouts_by_limit(log["terminals"], rules.limit) | given
+        if missing or np.any(log["timeouts"] & ~given):
             return (missing or "marks no time-out: ") + (
                 f"episodes are taken to end after {rules.limit} steps"
             )
@@ -332,23 +381,61 @@ def timeouts_by_limit(terminals: np.ndarray, limit: int) -> np.ndarray:
     return timeouts
 
 
-def drop_resets(log: dict[str, np.ndarray], rules: Rules) -> str:
-    """Leave out next_observations where at every time-out they are the first observation of the
-    next episode, as environments that reset by themselves give them."""
+def drop_fillers(log: dict[str, np.ndarray], rules: Rules) -> str:
+    """Leave out next_observations where at every time-out they are not what followed: the next
+    episode's first observation, as environments that reset by themselves give it, the episode's own
+    first or last one, or zeros."""
     if SUCCESSORS not in log or "timeouts" not in log:
         return ""
-    inner = np.flatnonzero(log["timeouts"][:-1] & ~log["terminals"][:-1])
+    timeouts = np.flatnonzero(log["timeouts"] & ~log["terminals"])
+    inner = timeouts[timeouts < len(log["rewards"]) - 1]
     if not len(inner):
         return ""
     obs, next_obs = log["observations"], log[SUCCESSORS]
     scale = 1e-5 * obs.std(0) + rounding(obs, next_obs)
-    if np.any(np.abs(next_obs[inner] - obs[inner + 1]) > scale):
+    same = lambda rows, others: np.all(np.abs(next_obs[rows] - others) <= scale, axis=1)
+    steps = np.flatnonzero(~(log["timeouts"] | log["terminals"]))
+    ends = np.flatnonzero(log["timeouts"] | log["terminals"])
+    first = np.append(0, ends + 1)[np.searchsorted(ends, timeouts)]  # of the episode
+    stands = np.mean(same(steps, obs[steps])) < 0.5  # else a state that stays may be the true one
+    what = ""
+    if same(inner, obs[inner + 1]).all():
+        what = "the rows that follow, as where the next episode has begun already"
+    elif stands and same(timeouts, obs[timeouts]).all():
+        what = "the observations themselves"
+    elif not next_obs[timeouts].any() and next_obs[steps].any(axis=1).all():
+        what = "zeros"
+    elif len(timeouts) > 1 and np.all(timeouts > first) and same(timeouts, obs[first]).all():
+        what = "the first observations of their own episodes"
+    if not what:
         return ""
     del log[SUCCESSORS]
     return (
-        f"next_observations at the {len(inner)} time-outs are the rows that follow, as where the "
-        "next episode has begun already; those transitions are left out"
+        f"next_observations at the {len(inner)} time-outs are {what}; those transitions are left "
+        "out"
     )
+
+
+def say_odd_ends(log: dict[str, np.ndarray], rules: Rules) -> str:
+    """Say where the ends of episodes look wrong but cannot be mended."""
+    if "timeouts" not in log:
+        return ""
+    terminals, ended = log["terminals"], log["terminals"] | log["timeouts"]
+    said, num = [], len(ended)
+    if not ended[:-1].any() and num > (rules.limit or 1000):
+        said.append(f"no end of an episode is marked, so that all {num:,} rows are one episode")
+    elif (
+        rules.limit and (longest := np.diff(np.flatnonzero(ended), prepend=-1).max()) > rules.limit
+    ):
+        said.append(f"an episode of {longest:,} steps is longer than the task's {rules.limit:,}; "
+                    "ends may lack a mark")  # fmt: skip
+    in_row = int(np.sum(terminals[1:] & terminals[:-1]))
+    if in_row > 0.5 * terminals.sum() and not rules.goal:
+        said.append(
+            f"{in_row:,} of {terminals.sum():,} terminals follow a terminal, as where a flag of "
+            "success stays on; each is an episode of one step"
+        )
+    return "; ".join(said)
 
 
 # --- Episodes ---

@@ -116,8 +116,10 @@ class RunFolder:
         except (Damaged, FileNotFoundError) as e:
             if not previous.is_file():
                 raise
-            say(f"{e}; going on from the checkpoint before it")
-            return self._restore(previous, state)
+            say(f"{str(e).removesuffix(START_AGAIN)}; going on from the checkpoint before it")
+            restored = self._restore(previous, state)
+            os.replace(previous, path)  # the next save keeps this one, not the damaged one
+            return restored
 
     def _restore(self, path: Path, state: Any) -> tuple[int, Any]:
         with read_checkpoint(path) as (about, arrays):
@@ -128,6 +130,12 @@ class RunFolder:
                     raise UserError(
                         f"{path} is of another version of this program ({name} differs); start the "
                         "run again"
+                    )
+            for name in set(DATASET) & set(self.notes):
+                if not np.allclose(arrays[name], self.notes[name], rtol=1e-5, atol=1e-6):
+                    raise UserError(
+                        f"{path} is of a run with another {name.replace('_', ' ')} of the data, as "
+                        "of another simulator; resume it with the packages it began with"
                     )
             leaves = [arrays[name] for name in names]
             self.history = [dict(row) for row in about["history"]]
@@ -314,7 +322,7 @@ def new_path(name: str, agent: str, synthetic: str, seed: int) -> Path:
 
 def refuse_existing(path: str | Path) -> None:
     """Raise UserError where the folder already holds a run, or a part of one."""
-    if (Path(path) / "config.json").exists() or (Path(path) / "checkpoint").exists():
+    if any((Path(path) / x).exists() for x in (*OWN, "checkpoint", "host0")):
         raise UserError(f"{path} already holds a run; --resume {path}, or name another --out")
 
 
@@ -328,6 +336,9 @@ def read_config(path: str | Path) -> tuple[dict, str]:
         return with_tuples(about["config"]), about["data"]["fingerprint"]
 
 
+START_AGAIN = "; start the run again"
+
+
 class Damaged(UserError):
     """A file cannot be read."""
 
@@ -337,12 +348,12 @@ def readable(path: Path) -> Iterator[None]:
     """Turn whatever a damaged file raises into Damaged."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as e:  # zipfile, numpy and json raise errors of a dozen types
         if getattr(e, "errno", None) not in (None, errno.EINVAL):  # the disk's, not the file's
             raise
-        raise Damaged(f"{path} is damaged ({type(e).__name__}); start the run again") from e
+        raise Damaged(f"{path} is damaged ({type(e).__name__}){START_AGAIN}") from e
 
 
 class Arrays(NamedTuple):
@@ -358,6 +369,9 @@ class Arrays(NamedTuple):
         return shape, dtype
 
     def __getitem__(self, name: str) -> np.ndarray:
+        entry = self.file.getinfo(f"{name}.npy")
+        if entry.file_size > 200 * entry.compress_size + 2**26:
+            raise ValueError("it declares far more than it holds")
         with self.file.open(f"{name}.npy") as f:
             return np.lib.format.read_array(f, allow_pickle=False)
 

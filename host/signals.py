@@ -7,13 +7,16 @@
 A thread waits for the signals, because Python runs no signal handler while XLA compiles, and XLA
 may crash on an orderly way out. Where the main thread has said that it looks, the first signal
 waits for it and the second one ends the process at once. Files are written whole or not at all, so
-that none is damaged.
+that none is damaged; those that are half-written are removed.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+
+from host.files import open_parts
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -32,6 +35,9 @@ def leave(number: int, said: str) -> None:
     """End the process with the status of a signal, 130 for Ctrl-C, after a line on stderr."""
     sys.stdout.flush()
     sys.stderr.flush()
+    for part in tuple(open_parts):
+        with contextlib.suppress(OSError):
+            os.unlink(part)
     os.write(2, f"\npgd.py: {said}\n".encode())
     os._exit(128 + number)
 

@@ -110,6 +110,8 @@ def test_training_a_policy_keeps_a_snapshot_for_every_evaluation(tmp_path):
     first, last = (collect.Policy.load(tmp_path / name) for name in (names[0], names[-1]))
     assert last.meta["env_steps"] == 480 and "--hidden 8 8" in last.meta["command"]
     assert np.abs(first.layers[0][0] - last.layers[0][0]).max() > 1e-4
+    with pytest.raises(UserError, match="already holds policies of pendulum"):
+        data.train_policy_command(settings)
     with pytest.raises(UserError, match="there is no simulator"):
         data.train_policy_command(collect.PolicyTraining("pendulumm", tmp_path))
 

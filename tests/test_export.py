@@ -13,7 +13,7 @@ import pgd
 from baselines.log_alone import make_log_alone
 from host import cli, flags
 from host.errors import UserError
-from host.export import refuse_existing_export
+from host.export import export, refuse_existing_export, write_minari
 
 
 def toy_transitions():
@@ -81,6 +81,30 @@ def test_an_exported_file_is_a_log_in_the_environments_units(exported):
 
 
 @pytest.mark.slow
+class Task:
+    action_low, action_high, reference = np.array([-1.0]), np.array([1.0]), None
+
+
+@pytest.mark.parametrize("target", ["a.hdf5", "a.npz", "minari:me/synthetic-v0"])
+def test_the_second_of_two_exports_to_one_place_leaves_the_first_as_it_is(
+    target, tmp_path, monkeypatch
+):
+    """Both may have begun before either has written."""
+    pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    log = cli.transitions_to_log(toy_transitions(), 4, Units())
+    export(target, log, Task(), "the first")
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert files
+    with pytest.raises(UserError, match="already"):
+        export(target, log, Task(), "the second")
+    if target.startswith("minari:"):
+        with pytest.raises(UserError, match="could not be written"):  # at the same moment
+            write_minari("me/synthetic-v0", log, Task(), "the second")
+    assert files == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
 def test_a_finished_run_exports_the_same_again_and_as_minari(exported, monkeypatch):
     minari = pytest.importorskip("minari")
     folder, run, path = exported

@@ -281,8 +281,139 @@ def test_terminals_at_the_limit_alone_and_in_a_task_without_any_are_time_outs(sa
     made = log(3, 200)
     made["terminals"][77] = 1.0  # one true terminal: the others are believed as well
     made["terminals"] += made["timeouts"]
+    made["timeouts"][:] = 0.0
     found = read_log(save(made), Rules(limit=200))
     assert ends(found, "terminals") == [77, 199, 399, 599]
+
+
+def test_ends_that_are_marked_as_terminals_and_as_time_outs(save, capsys):
+    """As by a recorder that keeps done, an end of either kind, under the name of terminals."""
+    made = log(4, 50)
+    made["terminals"] = made["timeouts"].copy()
+    made["terminals"][77] = 1.0
+    found = read_log(save(made))
+    assert ends(found, "terminals") == [77] and ends(found) == [49, 99, 149, 199]
+    assert "4 ends are marked as terminals and as time-outs; they are taken as time-outs" in (
+        capsys.readouterr().err
+    )
+    made["terminals"] = made["timeouts"] = np.isin(np.arange(200), [29, 79, 129, 199])
+    found = read_log(save(made))  # every end is marked twice: the longest are time-outs
+    assert ends(found, "terminals") == [29, 79, 129, 199] and not ends(found)
+    assert "they are taken as terminals" in capsys.readouterr().err
+    made["terminals"] = made["timeouts"] = np.isin(np.arange(200), [29, 89, 149, 199])
+    found = read_log(save(made))
+    assert ends(found, "terminals") == [29, 199] and ends(found) == [89, 149]
+    assert "the 2 after 60 steps are taken as time-outs" in capsys.readouterr().err
+
+
+def of_vector_environment(known: bool, terminal=(1, 4), num=8, steps=50) -> dict:
+    """A walk as gymnasium's vector environments record it: after each end, a row that leads from
+    the final state to the next episode's first."""
+    rng, rows = np.random.default_rng(0), []
+    for e in range(num):
+        x = 20.0 * rng.normal(size=3)
+        for t in range(steps):
+            after = x + 0.1 * rng.normal(size=3)
+            last = t == steps - 1
+            rows.append((x, after, 1.0 + x[0], last and e in terminal, last and e not in terminal))
+            x = after
+        rows.append((x, x * 0, 0.0, False, False))
+    obs, after, rewards, terminals, timeouts = map(np.array, zip(*rows[:-1]))
+    breaks = np.flatnonzero(rewards == 0)
+    after[breaks] = obs[breaks + 1]
+    made = {"observations": obs, "actions": rng.uniform(-1, 1, (len(obs), 2)), "rewards": rewards,
+            "terminals": terminals, "timeouts": timeouts}  # fmt: skip
+    return made | ({"next_observations": after} if known else {})
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_rows_between_episodes_of_a_vector_environment_are_left_out(save, capsys, known):
+    made = of_vector_environment(known)
+    found = read_log(save(made))
+    assert np.flatnonzero(found["timeouts"] | found["terminals"]).tolist() == list(
+        range(49, 400, 50)
+    )
+    assert ends(found, "terminals") == [99, 249] and found["rewards"].all()
+    steps = np.flatnonzero(made["rewards"])
+    np.testing.assert_allclose(found["observations"], made["observations"][steps], rtol=1e-5)
+    if known:  # the true successors at time-outs are kept
+        after = made["next_observations"][steps]
+        np.testing.assert_allclose(found["next_observations"], after, rtol=1e-5)
+    assert "7 rows after the ends of episodes are no steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_first_step_without_a_reward_is_kept(save, capsys, sparse):
+    """Also where every episode begins with a reward of 0, if its state is a new one."""
+    made = of_vector_environment(True)
+    kept = made["rewards"] != 0
+    made = {key: x[kept] for key, x in made.items()}
+    made["rewards"][::50] = 0.0
+    if sparse:
+        made["rewards"][np.arange(400) % 50 < 48] = 0.0
+    assert len(read_log(save(made))["rewards"]) == 400 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("filler", ["itself", "zeros", "first", "next"])
+def test_successors_at_time_outs_that_are_filled_in_are_left_out(save, capsys, filler):
+    made = of_vector_environment(True, terminal=())
+    kept = made["rewards"] != 0
+    made = {key: x[kept] for key, x in made.items()}
+    last, obs = np.arange(49, 400, 50), made["observations"]
+    fill = {"itself": obs[last], "zeros": 0.0, "first": obs[last - 49]}
+    fill["next"] = obs[np.append(last[:-1] + 1, 0)]
+    made["next_observations"][last] = fill[filler]
+    assert "next_observations" not in read_log(save(made))
+    said = {"itself": "the observations themselves", "zeros": "zeros", "next": "rows that follow",
+            "first": "first observations of their own"}  # fmt: skip
+    assert said[filler] in capsys.readouterr().err
+    made["next_observations"][99] += 1.0  # one of them is true
+    assert "next_observations" in read_log(save(made))
+
+
+def test_ends_that_look_wrong_are_said(save, capsys):
+    read_log(save(log(1, 3000) | {"timeouts": np.zeros(3000)}))
+    assert "no end of an episode is marked, so that all 3,000 rows" in capsys.readouterr().err
+    found = read_log(save(log(1, 3000)), Rules(limit=1000))  # the last row alone is marked
+    assert ends(found) == [999, 1999, 2999]
+    read_log(save(log(2, 1500)), Rules(limit=1000))
+    assert "an episode of 1,500 steps is longer than the task's 1,000" in capsys.readouterr().err
+    made = log(5, 100)
+    made["terminals"] = (np.arange(500) % 100 >= 60) * 1.0
+    made["timeouts"][:] = 0.0
+    read_log(save(made))
+    assert "195 of 200 terminals follow a terminal" in capsys.readouterr().err
+    read_log(save(log(4, 50)))
+    assert not capsys.readouterr().err
+
+
+def test_masks_tell_goals_from_the_ends_of_trajectories(save, capsys):
+    """As in the dictionaries that ogbench.make_env_and_datasets returns."""
+    made = log(4, 50)
+    made["terminals"] = made.pop("timeouts")
+    masks = np.ones(200)
+    masks[[20, 149]] = 0.0
+    found = read_log(save(made | {"masks": masks}))
+    assert ends(found, "terminals") == [20, 149] and ends(found) == [49, 99, 199]
+    assert "terminals are where masks is 0" in capsys.readouterr().err
+    made["timeouts"], made["terminals"] = made["terminals"], 1.0 - masks
+    found = read_log(save(made | {"masks": masks}))  # they say what terminals say
+    assert ends(found, "terminals") == [20, 149] and not capsys.readouterr().err
+    found = read_log(save(made | {"masks": 0.5 * masks}))  # of another kind
+    assert ends(found, "terminals") == [20, 149]
+
+
+def test_last_observations_of_a_compact_ogbench_set_are_no_steps(save, capsys):
+    made = log(4, 50)
+    made["terminals"] = (np.arange(200) % 50 >= 48) * 1.0
+    valids, masks = (np.arange(200) % 50 != 49) * 1.0, np.ones(200)
+    masks[[98, 99]] = 0.0  # a goal
+    del made["timeouts"]
+    found = read_log(save(made | {"masks": masks, "valids": valids}))
+    assert ends(found, "terminals") == [97] and ends(found) == [48, 146, 195]
+    after = made["observations"][1:][valids[:-1] > 0]
+    np.testing.assert_allclose(found["next_observations"], after, rtol=1e-5)
+    assert "4 rows that valids marks are last observations" in capsys.readouterr().err
 
 
 # --- Numbers ---
@@ -633,6 +764,41 @@ def test_robomimic_demonstrations(tmp_path, capsys):
     assert (
         "4 demonstrations, observations pos, vel" in said and "agentview_image are not used" in said
     )
+
+
+def test_robomimic_demonstrations_that_fail_end_by_a_time_out(tmp_path, capsys):
+    """done_mode 1 and 2 of robomimic mark the last row of every demonstration."""
+    with h5py.File(tmp_path / "demo.hdf5", "w") as f:
+        for i in range(4):
+            demo = f.create_group(f"data/demo_{i}")
+            demo["obs/pos"], demo["actions"] = np.random.rand(60, 2), np.random.rand(60, 1)
+            demo["next_obs/pos"] = np.append(demo["obs/pos"][1:], [[i, i]], axis=0)
+            demo["dones"] = np.arange(60) == 59
+            demo["rewards"] = (np.arange(60) == 59) * float(i % 2)
+    found = read_log(tmp_path / "demo.hdf5")
+    assert ends(found, "terminals") == [119, 239] and ends(found) == [59, 179]
+    assert found["next_observations"][[59, 179]].tolist() == [[0, 0], [2, 2]]
+    assert "2 that end without a reward end by a time-out" in capsys.readouterr().err
+    with h5py.File(tmp_path / "demo.hdf5", "r+") as f:
+        del f["data/demo_2/next_obs"]
+    assert "next_observations" not in read_log(tmp_path / "demo.hdf5")
+
+
+def test_messages_of_files_are_short_and_say_what_to_do(tmp_path):
+    np.save(tmp_path / "log.npy", np.zeros((5, 3)))
+    with pytest.raises(UserError, match="is one array; save all arrays of the log with numpy"):
+        read_log(tmp_path / "log.npy")
+    made = {key: x.reshape(4, 50, *x.shape[1:]) for key, x in log(4, 50).items()}
+    np.savez(tmp_path / "a.npz", **made)
+    with pytest.raises(UserError, match=r"put the rows of all episodes end to end, as \(N, O\)"):
+        read_log(tmp_path / "a.npz")
+    with h5py.File(tmp_path / "demo.hdf5", "w") as f:
+        for i in range(300):
+            demo = f.create_group(f"data/demo_{i}")
+            demo["obs/pos"], demo["actions"] = np.zeros((6, 2)), np.zeros((6, 1))
+    with pytest.raises(UserError, match="and 594 more; it needs") as e:
+        read_log(tmp_path / "demo.hdf5")
+    assert len(str(e.value)) < 1000
 
 
 def test_d3rlpy_2(tmp_path):

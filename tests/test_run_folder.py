@@ -174,6 +174,81 @@ def test_damaged_run_folders_are_one_clear_line(finished, tmp_path, capsys):
         assert e.value.code == 2 and "is damaged" in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "final.json", "checkpoint/x", "host0/config.json"])
+def test_a_folder_with_a_part_of_a_run_is_not_written_into(name, tmp_path, capsys):
+    path = tmp_path / "r" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    said = mistake(capsys, "--preset", "smoke", "--out", tmp_path / "r")
+    assert "already holds a run" in said and path.read_text() == "mine"
+
+
+def a_folder(path, seeds=1) -> run_folder.RunFolder:
+    """A run's folder with a data set's scale in its notes."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"config": {}, "data": {"fingerprint": "x"}}))
+    folder = run_folder.RunFolder(path, [{"seed": i} for i in range(seeds)])
+    folder.notes = {name: np.ones(3, np.float32) for name in run_folder.DATASET}
+    return folder
+
+
+def test_after_a_damaged_checkpoint_the_good_one_outlives_a_save_that_fails(
+    tmp_path, monkeypatch, capsys
+):
+    folder = a_folder(tmp_path / "r")
+    states = [{"x": jax.numpy.full(3, float(i))} for i in range(4)]
+    for i in (0, 1):
+        folder.save(i, states[i], force=True)
+    state, previous = (
+        folder.path / "checkpoint" / x for x in (run_folder.STATE, run_folder.PREVIOUS)
+    )
+    state.write_bytes(b"PK\x03\x04 cut")
+    fitted, found = a_folder(folder.path).restore(states[2])
+    assert fitted == 0 and found["x"].tolist() == [0, 0, 0]
+    said = capsys.readouterr().err
+    assert "is damaged (BadZipFile); going on from the checkpoint before it" in said
+    again = a_folder(folder.path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)  # when the files have changed places
+    with pytest.raises(OSError):
+        again.save(5, states[3], force=True)
+    monkeypatch.undo()
+    assert a_folder(folder.path).restore(states[2])[1]["x"].tolist() == [0, 0, 0]
+    again.save(6, states[3], force=True)
+    state.write_bytes(b"")  # damaged again: the good one is the one before it
+    assert a_folder(folder.path).restore(states[2])[1]["x"].tolist() == [0, 0, 0]
+
+
+def test_a_run_is_not_resumed_on_data_of_another_scale(tmp_path):
+    """As where the simulator, whose bounds scale the actions, is not installed any more."""
+    a_folder(tmp_path / "r").save(1, {"x": jax.numpy.ones(3)}, force=True)
+    folder = a_folder(tmp_path / "r")
+    folder.notes["action_high"] = np.full(3, 1.4, np.float32)
+    with pytest.raises(UserError, match="with another action high of the data"):
+        folder.restore({"x": jax.numpy.zeros(3)})
+
+
+def test_too_little_memory_is_no_damage_and_a_checkpoint_is_no_bomb(tmp_path, monkeypatch):
+    folder, state = a_folder(tmp_path / "r"), {"x": jax.numpy.ones(3)}
+    folder.save(1, state, force=True)
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(np.lib.format, "read_array", fail)
+    with pytest.raises(MemoryError):
+        folder.restore(state)
+    monkeypatch.undo()
+    path = folder.path / "checkpoint" / run_folder.STATE
+    arrays = dict(np.load(path)) | {".x": np.zeros(2**26, np.float32)}
+    np.savez_compressed(path, **arrays)
+    with pytest.raises(UserError, match="is damaged"), run_folder.read_checkpoint(path) as (_, z):
+        z[".x"]
+
+
 def test_a_config_of_another_version_is_refused_on_resume_by_its_field(finished, tmp_path, capsys):
     copy = tmp_path / "old"
     shutil.copytree(finished, copy)
