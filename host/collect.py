@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from host import envs as sim
 from host.envs import scale_action
-from host.errors import at_least
+from host.errors import UserError, at_least
 from host.files import atomic_file, make_folder, say, write_hdf5
 
 POLICIES = Path(__file__).resolve().parent.parent / "policies"
