@@ -100,6 +100,7 @@ ARMS = {  # flags of a row; the log alone also sweeps the agent's weight, as the
     "world-model": "--synthetic world-model",
 }
 COLUMNS = ("log alone", "log alone, best weight", "unguided", "guided", "world model")
+WEAKEST = "log alone, weakest pull"  # the last of an agent's three weights
 NEEDED = ("log alone", "unguided", "guided")  # a task without one of these is not reported
 QUICK = (
     "--preset smoke --num-seeds 2 --batch-size 64 --hyper.hidden 16 16 --sample-steps 4 "
@@ -349,6 +350,13 @@ def column_of(scores: dict, agent: str, column: str) -> dict[str, dict[int, floa
     return found
 
 
+def weakest_pull(scores: dict, agent: str) -> dict[str, dict[int, float]]:
+    """-> {task: {seed: score}} of the log alone at the weight that pulls least to the data."""
+    keys = {task: (task, agent, "log alone", weights_of(agent, task)[-1])
+            for task, other in complete(scores) if other == agent}  # fmt: skip
+    return {task: scores[key] for task, key in keys.items() if key in scores}
+
+
 def aggregated(scores: dict, agent: str, column: str) -> dict[str, list[float]]:
     """-> {task: scores} of a column, without the tasks of development. It is empty for a column
     that lacks one of the other tasks, because its mean could not be compared."""
@@ -393,10 +401,12 @@ def paired_table(scores: dict, agent: str) -> str:
     """-> a line per task: what guided data add, seed by seed, and what unguided data do."""
     of = {column: column_of(scores, agent, column) for column in COLUMNS}
     pairs = [("unguided", "log alone"), *(("guided", c) for c in COLUMNS if c != "guided")]
-    lines = [["log", *(f"{x} minus {y}" for x, y in pairs)]]
+    lines = [["log", *(f"{x} minus {y}" for x, y in pairs), f"{WEAKEST} minus log alone"]]
+    weakest = weakest_pull(scores, agent)
     for task in of["guided"]:
         cells = [difference(of[x][task], of[y][task]) if task in of[y] else "" for x, y in pairs]
-        lines.append([task, *cells])
+        other = task in weakest and difference(weakest[task], of["log alone"][task])
+        lines.append([task, *cells, other or ""])
     return markdown(lines)
 
 
@@ -478,7 +488,7 @@ def report(out: Path, pages: Sequence[Path]) -> None:
         print(f"\n{name}\n\n{table}")
     for page in pages:
         page.write_text(put_tables(page.read_text(), made))
-    drawn = [draw_curves(out), *draw_profiles(out), *draw_sizes(out)]
+    drawn = [draw_curves(out), *draw_profiles(out), *draw_sizes(out), *draw_gains(out)]
     print(f"\nsaved: {out}/ ({', '.join(drawn)})")
 
 
@@ -547,6 +557,35 @@ def draw_sizes(out: Path) -> list[str]:
     figures.add_legend(figure)
     figures.save_figure(out / "sizes.png", figure)
     return ["sizes.png"]
+
+
+def draw_gains(out: Path) -> list[str]:
+    """What guided data add to the log alone against what a weaker pull to the data adds, a point
+    per task, for the first agent -> the figure's name, if there are two tasks."""
+    scores, agent = table_of(out), GRID[0][0]
+    alone, guided, weakest = (
+        column_of(scores, agent, "log alone"), column_of(scores, agent, "guided"),
+        weakest_pull(scores, agent),
+    )  # fmt: skip
+    tasks = [task for task in guided if task in weakest]
+    if len(tasks) < 2:
+        return []
+    figure, axes = figures.new_figure(1, 1, 5.4, 4.2)
+    for task in tasks:
+        x, y = (
+            figures.band([found[task][i] - alone[task][i] for i in alone[task]])
+            for found in (weakest, guided)
+        )
+        spread = [[[m - low], [high - m]] for m, low, high in (x, y)]
+        axes[0, 0].errorbar(x[0], y[0], spread[1], spread[0], "o", ms=4, label=task)
+    axes[0, 0].axline((0, 0), slope=1, color="0.8", zorder=0)
+    axes[0, 0].set(
+        xlabel="log alone: weakest pull minus published weight", title=agent,
+        ylabel="published weight: guided data minus log alone",
+    )  # fmt: skip
+    axes[0, 0].legend(fontsize=7)
+    figures.save_figure(out / "gains.png", figure)
+    return ["gains.png"]
 
 
 # --- Command line ---

@@ -111,13 +111,14 @@ def test_models_are_fitted_once_per_log(tmp_path):
 
 
 def fill(out, guided, tasks=("easy", "hard"), seeds=4):
-    """Scores in which the log alone has 10 at weight 2.5 and 20 at 10, unguided data 5 more."""
+    """Scores in which the log alone has 10 at weight 2.5, 20 at 10 and 2 at 40, unguided data 5
+    more."""
     lines = [
         {"task": task, "agent": "td3_bc", "arm": arm, "weight": weight, "seed": seed,
-         "score": base + (weight == 10.0) * 10 + seed, "return": 0.0}
+         "score": base + {2.5: 0, 10.0: 10, 40.0: -8}[weight] + seed, "return": 0.0}
         for task in tasks
         for arm, base in [("log alone", 10), ("unguided", 15), ("guided", guided)]
-        for weight in (2.5, 10.0)
+        for weight in (2.5, 10.0, 40.0)
         for seed in range(seeds)
     ]  # fmt: skip
     results.save_table(out / "scores.csv", lines)
@@ -152,13 +153,17 @@ def test_tables_come_from_the_scores(tmp_path):
     assert table["easy"] == ["3.0", "4", at(11.5), at(21.5) + " at 10", at(16.5), at(41.5), ""]
     # Guided data add the same in every seed, so that the paired interval has no width
     paired = cells(made["td3_bc-paired"])["easy"]
-    assert paired == [f"+{x}.0 (+{x}.0 to +{x}.0)" for x in (5, 30, 20, 25)] + [""]
+    assert paired == [f"+{x}.0 (+{x}.0 to +{x}.0)" for x in (5, 30, 20, 25)] + [
+        "", "-8.0 (-8.0 to -8.0)"
+    ]  # fmt: skip
     total = cells(made["td3_bc-aggregate"])
     assert total["log alone"][0] == "2" and total["log alone"][1].startswith("11.5 (")
     assert total["log alone, best weight"][1].startswith("21.5 (")
     assert total["log alone"][2] == "1.00 (1.00 to 1.00)" and total["guided"][2] == ""
     # The log alone ends at 11.5; the curves pass it after 3,000 updates
     assert cells(made["td3_bc-pace"])["easy"] == ["3,000", "3,000", ""]
+    assert results.draw_gains(tmp_path) == ["gains.png"]
+    assert (tmp_path / "gains.png").stat().st_size > 10_000
 
 
 def test_a_log_of_development_has_no_part_in_the_aggregate(tmp_path, monkeypatch):
@@ -347,6 +352,7 @@ def test_a_miniature_of_the_grid_resumes_and_reports(tmp_path, monkeypatch, caps
     shared = [x for x in commands if "--denoiser out/runs/pendulum-random@2000/td3_bc/diff" in x]
     assert len(shared) == 1 and not any("(2.5" in x for x in commands)
     assert all((tmp_path / "out" / name).stat().st_size for name in ("curves.png", "profiles.png"))
+    assert not (tmp_path / "out" / "gains.png").exists()  # of one log
     lines = results.read(tmp_path / "out" / "scores.csv")
     assert len(lines) == 2 * 2 * (3 + 2)  # agents, seeds; weights, unguided and guided
 
