@@ -354,6 +354,16 @@ def test_a_first_step_without_a_reward_is_kept(save, capsys, sparse):
     assert len(read_log(save(made))["rewards"]) == 400 and not capsys.readouterr().err
 
 
+def test_rows_after_ends_that_may_be_steps_are_kept(save, capsys):
+    made = of_vector_environment(False)
+    made["rewards"][made["rewards"] == 0] = 0.5  # as where the marks are a row early
+    assert len(read_log(save(made))["rewards"]) == len(made["rewards"])
+    rng = np.random.default_rng(0)
+    walk = log(8, 50) | {"observations": np.cumsum(rng.normal(size=(400, 3)), axis=0)}
+    walk["rewards"][::50] = 0.0  # one long walk that is cut and goes on
+    assert len(read_log(save(walk))["rewards"]) == 400 and not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("filler", ["itself", "zeros", "first", "next"])
 def test_successors_at_time_outs_that_are_filled_in_are_left_out(save, capsys, filler):
     made = of_vector_environment(True, terminal=())
