@@ -225,7 +225,7 @@ def drop_reset_rows(log: dict[str, np.ndarray], rules: Rules) -> str:
 def tell_both_apart(log: dict[str, np.ndarray], rules: Rules) -> str:
     """Where every time-out is also marked as a terminal, as by a recorder that keeps `done` for
     terminals, take those for time-outs; where all ends are both, those of the longest episodes."""
-    if "timeouts" not in log:
+    if "timeouts" not in log or rules.goal:
         return ""
     terminals, timeouts = log["terminals"], log["timeouts"]
     if timeouts.sum() < 2 or np.any(timeouts & ~terminals):
@@ -238,7 +238,7 @@ def tell_both_apart(log: dict[str, np.ndarray], rules: Rules) -> str:
         moved = np.zeros_like(terminals)
         moved[ends[lengths == limit]] = True
         which = f"the {moved.sum():,} after {limit:,} steps are taken as time-outs"
-        if moved.sum() < 2:
+        if moved.sum() < (1 if rules.limit else max(2, len(ends) // 20)):  # fewer tie by chance
             moved, which = np.zeros_like(terminals), "they are taken as terminals"
     log["terminals"], log["timeouts"] = terminals & ~moved, moved
     return f"{timeouts.sum():,} ends are marked as terminals and as time-outs; {which}"

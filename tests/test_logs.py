@@ -304,6 +304,11 @@ def test_ends_that_are_marked_as_terminals_and_as_time_outs(save, capsys):
     found = read_log(save(made))
     assert ends(found, "terminals") == [29, 199] and ends(found) == [89, 149]
     assert "the 2 after 60 steps are taken as time-outs" in capsys.readouterr().err
+    lengths = np.append(np.random.default_rng(0).integers(5, 15, 98), [15, 15])
+    made = log(1, lengths.sum())  # two of a hundred ends tie by chance
+    made["terminals"] = made["timeouts"] = np.isin(np.arange(lengths.sum()), lengths.cumsum() - 1)
+    assert len(ends(read_log(save(made)), "terminals")) == 100
+    assert ends(read_log(save(made), Rules(limit=15))) == list(lengths.cumsum()[-2:] - 1)
 
 
 def of_vector_environment(known: bool, terminal=(1, 4), num=8, steps=50) -> dict:
