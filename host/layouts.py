@@ -95,8 +95,9 @@ def flat(path: Path, found: dict):
     others = [name for name in (done, last, first) if name]
     wide = tuple(chosen[key] for key in WIDE if key in chosen)
     arrays = read_arrays(path, (*chosen.values(), *others), wide=wide)
-    log = {key: arrays[name] for key, name in chosen.items()}
     column = lambda x: x[:, 0] if x.ndim == 2 and x.shape[1] == 1 else x
+    log = {key: arrays[name] for key, name in chosen.items()}
+    log |= {key: column(log[key]) for key in ("rewards", "terminals", "timeouts") if key in log}
     of_ends = {name: flags(column(arrays[name])) for name in others}
     said, unsure, num = [], False, len(log["rewards"])
     agree("the log", num, of_ends)
@@ -117,10 +118,10 @@ def flat(path: Path, found: dict):
             said.append(f"{done} is taken as terminals, without time-outs")
     if "timeouts" not in log and (last or first or (done and "terminals" in chosen)):
         log["timeouts"] = ends & ~flags(column(log["terminals"]))
-    if "masks" in found and found["masks"][1] == (num,):
-        ends = ends if done or last or first else flags(column(log["terminals"]))
+    if "timeouts" not in chosen and "masks" in found and found["masks"][1] in ((num,), (num, 1)):
+        ends = ends if done or last or first else flags(log["terminals"])
         said.append(use_masks(path, log, ends))
-    if "valids" in found and found["valids"][1] == (num,):
+    if "valids" in found and found["valids"][1] in ((num,), (num, 1)):
         said.append(keep_valid(path, log))
     if "costs" in found or "cost" in found:
         said.append("costs are not used")
@@ -130,9 +131,12 @@ def flat(path: Path, found: dict):
 
 def use_masks(path: Path, log: dict, ends: np.ndarray) -> str:
     """Where masks (N,) are 0 and 1, as in the logs of OGBench and of JAX libraries, a terminal is
-    where they are 0, and `ends` (N,) are the ends of trajectories. -> what was done."""
-    masks = read_arrays(path, ("masks",))["masks"]
+    where they are 0, and `ends` (N,) are the ends of trajectories. Masks without a 0, or with more
+    0 than 1, mean something else. -> what was done."""
+    masks = read_arrays(path, ("masks",))["masks"].ravel()
     if not np.isin(masks, (0, 1)).all() or np.array_equal(masks == 0, log["terminals"] != 0):
+        return ""
+    if np.mean(masks == 0) > 0.5 or masks.all():
         return ""
     ends = ends | (log["terminals"] != 0) | (log.get("timeouts", np.zeros(len(ends))) != 0)
     log["terminals"] = masks == 0
@@ -143,7 +147,7 @@ def use_masks(path: Path, log: dict, ends: np.ndarray) -> str:
 def keep_valid(path: Path, log: dict) -> str:
     """Where valids (N,) is 0, as in OGBench's compact data sets, a row is the last observation of a
     trajectory and no step: it becomes the successor of the row before it. -> what was done."""
-    valid = read_arrays(path, ("valids",))["valids"] != 0
+    valid = read_arrays(path, ("valids",))["valids"].ravel() != 0
     if valid.all():
         return ""
     last = valid & ~np.append(valid[1:], False)
@@ -181,12 +185,14 @@ def robomimic(path: Path, found: dict):
         raise UserError(f"{path}: {first} has no observations but images, which are not supported")
     names = [f"{demo}/obs/{c}" for demo in demos for c in channels]
     names += [x for name in names if (x := name.replace("/obs/", "/next_obs/", 1)) in found]
-    after = len(names) == 2 * len(demos) * len(channels)  # all successors are there
+    shapes = {found[name][1] == found[name.replace("/next_obs/", "/obs/", 1)][1]
+              for name in names if "/next_obs/" in name}  # fmt: skip
+    after = len(names) == 2 * len(demos) * len(channels) and shapes == {True}  # all are there
     wide = tuple(names)
     names += [f"{demo}/{key}" for demo in demos for key in ("actions", "rewards", "dones")]
     arrays = read_arrays(path, tuple(names), wide=wide)
     sparse = all(np.isin(arrays[f"{demo}/rewards"], (0, 1)).all() for demo in demos)
-    episodes, cut, failed = [], 0, 0
+    episodes, cut, failed, true = [], 0, 0, True
     for demo in demos:
         columns = [arrays[f"{demo}/obs/{c}"] for c in channels]
         columns += [arrays[f"{demo}/next_obs/{c}"] for c in channels] if after else []
@@ -201,6 +207,8 @@ def robomimic(path: Path, found: dict):
             terminal, failed = np.zeros_like(terminal), failed + 1
         timeout = np.arange(end) == end - 1
         half = len(channels)
+        steps = [np.array_equal(x[:-1], y[1:]) for x, y in zip(columns[half:], columns[:half])]
+        true = true and all(steps)
         known = {"next_observations": np.concatenate(columns[half:], 1)[:end]} if after else {}
         episodes.append(
             known
@@ -212,6 +220,9 @@ def robomimic(path: Path, found: dict):
                 "timeouts": timeout & ~terminal[:end],
             }
         )
+    if not true:  # next_obs is something else than the next row
+        for episode in episodes:
+            del episode["next_observations"]
     said = f"robomimic's layout: {len(demos)} demonstrations, observations {', '.join(channels)}"
     said += f"; {cut} steps after the first success are left out" if cut else ""
     said += f"; {failed} that end without a reward end by a time-out" if failed else ""

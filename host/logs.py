@@ -203,12 +203,14 @@ def drop_reset_rows(log: dict[str, np.ndarray], rules: Rules) -> str:
     record one there, from the final state to the next episode's first, with a reward of 0."""
     ends = np.flatnonzero(log["terminals"] | log.get("timeouts", False))
     extra = ends[ends < len(log["rewards"]) - 2] + 1
-    others = np.delete(log["rewards"], extra)
-    if len(extra) < 2 or log["rewards"][extra].any() or np.mean(others != 0) < 0.5:
+    rewards, obs = log["rewards"], log["observations"]
+    if not 2 <= len(extra) < len(rewards) / 4 or np.isin(extra, ends).any():
         return ""
-    if np.isin(extra, ends).any():
+    if rewards[extra].any() or np.mean(rewards != 0) < 0.5:
         return ""
-    obs = log["observations"]
+    if SUCCESSORS in log and find_breaks(obs, log[SUCCESSORS])[extra].any():
+        return ""  # the row ends an episode: the marks are a row early
+    # Without successors, the rows may be final steps without a reward, if their actions count
     moves = np.linalg.norm(np.diff(obs, axis=0) / np.maximum(obs.std(0), 1e-12), axis=1)
     usual = np.quantile(np.delete(moves, np.concatenate([extra - 1, extra])), 0.99)
     if np.median(moves[extra - 1]) > usual or np.median(moves[extra]) <= usual:
@@ -397,7 +399,9 @@ def drop_fillers(log: dict[str, np.ndarray], rules: Rules) -> str:
     steps = np.flatnonzero(~(log["timeouts"] | log["terminals"]))
     ends = np.flatnonzero(log["timeouts"] | log["terminals"])
     first = np.append(0, ends + 1)[np.searchsorted(ends, timeouts)]  # of the episode
-    stands = np.mean(same(steps, obs[steps])) < 0.5  # else a state that stays may be the true one
+    few = steps[:: max(1, len(steps) // 10_000)]
+    before = timeouts[timeouts > first] - 1
+    stands = np.mean(same(few, obs[few])) < 0.5 and not same(before, obs[before]).any()
     what = ""
     if same(inner, obs[inner + 1]).all():
         what = "the rows that follow, as where the next episode has begun already"
@@ -424,11 +428,12 @@ def say_odd_ends(log: dict[str, np.ndarray], rules: Rules) -> str:
     said, num = [], len(ended)
     if not ended[:-1].any() and num > (rules.limit or 1000):
         said.append(f"no end of an episode is marked, so that all {num:,} rows are one episode")
-    elif (
-        rules.limit and (longest := np.diff(np.flatnonzero(ended), prepend=-1).max()) > rules.limit
-    ):
-        said.append(f"an episode of {longest:,} steps is longer than the task's {rules.limit:,}; "
-                    "ends may lack a mark")  # fmt: skip
+    longest = np.diff(np.flatnonzero(ended), prepend=-1).max(initial=0)
+    if rules.limit and longest > 2 * rules.limit:  # demonstrations may be longer than the limit
+        said.append(
+            f"an episode of {longest:,} steps is longer than the task's {rules.limit:,}; ends may "
+            "lack a mark"
+        )
     in_row = int(np.sum(terminals[1:] & terminals[:-1]))
     if in_row > 0.5 * terminals.sum() and not rules.goal:
         said.append(

@@ -322,7 +322,10 @@ def new_path(name: str, agent: str, synthetic: str, seed: int) -> Path:
 
 def refuse_existing(path: str | Path) -> None:
     """Raise UserError where the folder already holds a run, or a part of one."""
-    if any((Path(path) / x).exists() for x in (*OWN, "checkpoint", "host0")):
+    names = [x for x in (*OWN, "checkpoint", "host0") if (Path(path) / x).exists()]
+    if names and not {"config.json", "host0", "checkpoint"} & set(names):
+        raise UserError(f"{path} holds {names[0]} of something else; name another --out")
+    if names:
         raise UserError(f"{path} already holds a run; --resume {path}, or name another --out")
 
 

@@ -187,7 +187,7 @@ MUTANTS = [
         ("if np.array_equal(terminals, timeouts):", "if False:"),
         ('log["terminals"], log["timeouts"] = terminals & ~moved, moved', "pass"),
         ("or np.median(moves[extra]) <= usual:", "or False:"),
-        ('log["rewards"][extra].any()', "False"),
+        ("rewards[extra].any()", "False"),
         ("np.diff(ends, prepend=-1)[terminals[ends]]", "np.diff(ends, prepend=0)[terminals[ends]]"),
         ("at_goal = before - before[first]", "at_goal = before + terminals - before[first]"),
     ),

@@ -367,6 +367,18 @@ def test_rows_after_ends_that_may_be_steps_are_kept(save, capsys):
     walk = log(8, 50) | {"observations": np.cumsum(rng.normal(size=(400, 3)), axis=0)}
     walk["rewards"][::50] = 0.0  # one long walk that is cut and goes on
     assert len(read_log(save(walk))["rewards"]) == 400 and not capsys.readouterr().err
+    short = log(1, 41)  # episodes of two steps with a reward at the end
+    short["terminals"] = short["rewards"] = (np.arange(41) % 2 == 0) * 1.0
+    assert len(read_log(save(short))["rewards"]) == 41
+    made = of_vector_environment(True, terminal=range(8))
+    steps = np.flatnonzero(made["rewards"])
+    made = {key: x[steps] for key, x in made.items()}
+    made["rewards"] = 1.0 - made["terminals"]  # 0 at the end alone
+    made["terminals"] = np.roll(made["terminals"], -1)  # and marked a row early
+    found = read_log(save(made))
+    assert (
+        ends(found, "terminals")[:-1] == list(range(49, 399, 50)) and len(found["rewards"]) == 400
+    )
 
 
 @pytest.mark.parametrize("filler", ["itself", "zeros", "first", "next"])
@@ -391,8 +403,8 @@ def test_ends_that_look_wrong_are_said(save, capsys):
     assert "no end of an episode is marked, so that all 3,000 rows" in capsys.readouterr().err
     found = read_log(save(log(1, 3000)), Rules(limit=1000))  # the last row alone is marked
     assert ends(found) == [999, 1999, 2999]
-    read_log(save(log(2, 1500)), Rules(limit=1000))
-    assert "an episode of 1,500 steps is longer than the task's 1,000" in capsys.readouterr().err
+    read_log(save(log(2, 2500)), Rules(limit=1000))
+    assert "an episode of 2,500 steps is longer than the task's 1,000" in capsys.readouterr().err
     made = log(5, 100)
     made["terminals"] = (np.arange(500) % 100 >= 60) * 1.0
     made["timeouts"][:] = 0.0
@@ -414,8 +426,13 @@ def test_masks_tell_goals_from_the_ends_of_trajectories(save, capsys):
     made["timeouts"], made["terminals"] = made["terminals"], 1.0 - masks
     found = read_log(save(made | {"masks": masks}))  # they say what terminals say
     assert ends(found, "terminals") == [20, 149] and not capsys.readouterr().err
-    found = read_log(save(made | {"masks": 0.5 * masks}))  # of another kind
-    assert ends(found, "terminals") == [20, 149]
+    for other in (0.5 * masks, np.ones(200), 1 - masks, 1.0 - made["timeouts"]):  # other kinds
+        found = read_log(save(made | {"masks": other}))
+        assert ends(found, "terminals") == [20, 149]
+    made = log(4, 50)
+    made["terminals"] = made.pop("timeouts")[:, None]  # columns
+    found = read_log(save(made | {"masks": masks[:, None], "valids": np.ones((200, 1))}))
+    assert ends(found, "terminals") == [20, 149] and ends(found) == [49, 99, 199]
 
 
 def test_last_observations_of_a_compact_ogbench_set_are_no_steps(save, capsys):
@@ -796,6 +813,9 @@ def test_robomimic_demonstrations_that_fail_end_by_a_time_out(tmp_path, capsys):
     assert "2 that end without a reward end by a time-out" in capsys.readouterr().err
     with h5py.File(tmp_path / "demo.hdf5", "r+") as f:
         del f["data/demo_2/next_obs"]
+    assert "next_observations" not in read_log(tmp_path / "demo.hdf5")
+    with h5py.File(tmp_path / "demo.hdf5", "r+") as f:
+        f["data/demo_2/next_obs/pos"] = np.zeros((60, 2))  # not the next rows
     assert "next_observations" not in read_log(tmp_path / "demo.hdf5")
 
 
