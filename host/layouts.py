@@ -184,12 +184,11 @@ def robomimic(path: Path, found: dict):
     if not channels:
         raise UserError(f"{path}: {first} has no observations but images, which are not supported")
     names = [f"{demo}/obs/{c}" for demo in demos for c in channels]
-    names += [x for name in names if (x := name.replace("/obs/", "/next_obs/", 1)) in found]
-    shapes = {found[name][1] == found[name.replace("/next_obs/", "/obs/", 1)][1]
-              for name in names if "/next_obs/" in name}  # fmt: skip
-    after = len(names) == 2 * len(demos) * len(channels) and shapes == {True}  # all are there
-    wide = tuple(names)
-    names += [f"{demo}/{key}" for demo in demos for key in ("actions", "rewards", "dones")]
+    after = [name.replace("/obs/", "/next_obs/", 1) for name in names]
+    if not all(x in found and found[x][1] == found[y][1] for x, y in zip(after, names)):
+        after = []
+    wide = (*names, *after)
+    names = [*wide] + [f"{demo}/{key}" for demo in demos for key in ("actions", "rewards", "dones")]
     arrays = read_arrays(path, tuple(names), wide=wide)
     sparse = all(np.isin(arrays[f"{demo}/rewards"], (0, 1)).all() for demo in demos)
     episodes, cut, failed, true = [], 0, 0, True
@@ -220,10 +219,11 @@ def robomimic(path: Path, found: dict):
                 "timeouts": timeout & ~terminal[:end],
             }
         )
-    if not true:  # next_obs is something else than the next row
+    said = f"robomimic's layout: {len(demos)} demonstrations, observations {', '.join(channels)}"
+    if not true:
         for episode in episodes:
             del episode["next_observations"]
-    said = f"robomimic's layout: {len(demos)} demonstrations, observations {', '.join(channels)}"
+        said += "; next_obs are not the next rows and are not used"
     said += f"; {cut} steps after the first success are left out" if cut else ""
     said += f"; {failed} that end without a reward end by a time-out" if failed else ""
     return (

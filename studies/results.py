@@ -573,7 +573,9 @@ def draw_gains(out: Path) -> list[str]:
     figure, axes = figures.new_figure(1, 1, 5.4, 4.2)
     for task in tasks:
         x, y = (
-            figures.band([found[task][i] - alone[task][i] for i in alone[task]])
+            figures.band(
+                [found[task][i] - alone[task][i] for i in alone[task].keys() & found[task]]
+            )
             for found in (weakest, guided)
         )
         spread = [[[m - low], [high - m]] for m, low, high in (x, y)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from host import cores, files, signals
 from host.errors import UserError, at_least
 from host.files import atomic_file, atomic_path, make_folder, read_arrays, require, write_arrays
 
@@ -27,6 +28,46 @@ def test_a_file_appears_when_the_block_ends_and_a_failure_keeps_the_last_good_on
     with pytest.raises(FileNotFoundError), atomic_path(path):
         pass  # nothing was written
     assert path.read_bytes() == b"three" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_signal_removes_the_files_that_are_being_written(tmp_path, monkeypatch, capfd):
+    class Left(Exception):
+        pass
+
+    def leave(status):
+        left = [p.name for p in tmp_path.iterdir()]
+        raise Left(status, left)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    (tmp_path / "b.txt").write_text("whole")
+    with pytest.raises(Left) as e, atomic_file(tmp_path / "a.txt") as f:
+        f.write(b"half")
+        signals.leave(2, "interrupted")
+    assert e.value.args == (130, ["b.txt"]) and not files.open_parts
+    assert "interrupted" in capfd.readouterr().err
+
+
+def test_a_containers_limit_of_memory_counts(tmp_path, monkeypatch):
+    machine = cores.memory_limit()
+    monkeypatch.setattr(cores, "CGROUP", tmp_path)
+    path = tmp_path / "log.npz"
+    np.savez(path, a=np.zeros(3000))
+    for limit, fits in (("max", True), (str(2 * machine), True), ("40000", False)):
+        (tmp_path / "memory.max").write_text(limit)
+        if fits:
+            assert len(read_arrays(path, ("a",))["a"]) == 3000
+        else:
+            with pytest.raises(UserError, match="too much for the 0.0 GB of this machine"):
+                read_arrays(path, ("a",))
+
+
+@pytest.mark.parametrize("number, said", [(11, "another program is writing it"),
+                                          (37, "set HDF5_USE_FILE_LOCKING=FALSE")])  # fmt: skip
+def test_a_file_that_cannot_be_locked(number, said, tmp_path):
+    path = tmp_path / "log.hdf5"
+    path.write_bytes(b"\x89HDF")
+    with pytest.raises(UserError, match=said), files._opened(path):
+        raise OSError(f"unable to lock file, errno = {number}, error message = 'no'")
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".hdf5"])

@@ -817,6 +817,7 @@ def test_robomimic_demonstrations_that_fail_end_by_a_time_out(tmp_path, capsys):
     with h5py.File(tmp_path / "demo.hdf5", "r+") as f:
         f["data/demo_2/next_obs/pos"] = np.zeros((60, 2))  # not the next rows
     assert "next_observations" not in read_log(tmp_path / "demo.hdf5")
+    assert "next_obs are not the next rows and are not used" in capsys.readouterr().err
 
 
 def test_messages_of_files_are_short_and_say_what_to_do(tmp_path):

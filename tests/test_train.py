@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -224,8 +225,16 @@ def test_a_users_own_agent_may_be_callable_and_its_critic_may_start_at_zero():
 
 def test_a_guide_that_is_off_asks_nothing_of_the_agent():
     config = dataclasses.replace(CONFIG, guidance=0, value_guidance=0)
-    program, dataset = make(config, CLONER, evaluate=None)
-    jax.eval_shape(program.round, one(0), jax.eval_shape(program.init, one(0), dataset), dataset)
+    dataset, asked = pgd.make_dataset(toy_log(), config), []
+    ask = lambda *args: asked.append(args) or jnp.zeros(())
+    policy = SimpleNamespace(act=ask, log_prob=ask, q_value=None)  # as bc's, without a critic
+    state = pgd.init_diffusion(jax.random.key(0), dataset, config)
+    draw = lambda config: jax.eval_shape(
+        lambda key: pgd.generate(key, state, policy, 1.0, dataset, config), jax.random.key(0)
+    )
+    assert draw(config).reward.shape == (config.trajectories * config.horizon,) and not asked
+    draw(dataclasses.replace(config, guidance=4))
+    assert asked
 
 
 @pytest.mark.slow
